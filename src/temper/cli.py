@@ -1,0 +1,464 @@
+"""The commands. Each takes `--json`; results go to stdout, progress and messages to stderr.
+
+Exit code 0: done. 1: the work failed. 2: the request was wrong. Heavy imports happen inside commands.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from temper.parts import Problem, engines, nearest
+
+app = typer.Typer(
+    name="temper",
+    help="Everything done to a model between its initialisation and its use: one recipe, steps that fit, methods made of parts.",
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
+Sets = Annotated[
+    list[str] | None, typer.Option("--set", help="Change a recipe: step.key=value, or key=value at its top.", metavar="KEY=VALUE")
+]
+StoreAt = Annotated[Path | None, typer.Option("--store", help="The store's folder (default: TEMPER_STORE, or the user's cache).")]
+OutAt = Annotated[Path | None, typer.Option("--out", help="Where the report and exported folders go.")]
+
+
+def main() -> None:
+    """The entry point: turns errors into one clear message and an exit code."""
+    try:
+        code = app(standalone_mode=False)
+        sys.exit(code if isinstance(code, int) else 0)
+    except Problem as problem:
+        for one in problem.all:
+            _err(f"error: {one}")
+        sys.exit(2)
+    except KeyboardInterrupt:
+        _err("interrupted; the same command goes on from the last checkpoint")
+        sys.exit(130)
+    except typer.Exit as leave:
+        sys.exit(leave.exit_code)
+    except Exception as error:
+        if hasattr(error, "format_message") and hasattr(error, "exit_code"):  # the command line itself was wrong
+            _err(f"error: {error.format_message()}")  # type: ignore[attr-defined]
+            sys.exit(2)
+        if type(error).__name__ == "Abort":
+            sys.exit(130)
+        if type(error).__name__ == "Failed":
+            _err(f"error: {error}")
+            if error.__cause__ is not None:
+                import traceback
+
+                traceback.print_exception(error.__cause__)
+            _err("what was done up to the last checkpoint is kept; the same command goes on from there")
+            sys.exit(1)
+        raise
+
+
+def _err(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _print(value: Any) -> None:
+    json.dump(value, sys.stdout, indent=1, default=str)
+    print()
+
+
+def _store(at: Path | None) -> Any:
+    from temper.store import Store
+
+    return Store(at)
+
+
+def _table(headings: list[str], rows: list[list[str]], title: str | None = None) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*headings, title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)
+
+
+# ---------------------------------------------------------------------------------------------------------- runs
+
+
+def _run(plan: Any, out: Path, store_at: Path | None, as_json: bool) -> None:
+    from temper import preflight
+    from temper.progress import Display
+    from temper.run import run, why
+
+    store = _store(store_at)
+    cached = all(reason.state == "from the store" for reason in why(plan, store))
+    if not cached:
+        for warning in preflight.check(plan, store).warnings:
+            _err(f"note: {warning}")
+    with Display(sys.stderr) as display:
+        result = run(plan, store, out=out, show=display.show, say=display.say, began=display.began, ended=display.ended)
+    if as_json:
+        _print(
+            {
+                "run": result.run,
+                "seconds": result.seconds,
+                "report": str(result.report),
+                "folders": {name: str(folder) for name, folder in result.folders.items()},
+                "steps": [
+                    {
+                        "name": name,
+                        "artefact": made.artefact.id,
+                        "status": made.status,
+                        "seconds": made.record["seconds"],
+                        "figures": {key: figure.dump() for key, figure in made.artefact.figures.items()},
+                    }
+                    for name, made in result.made.items()
+                ],
+            }
+        )
+        return
+    _table(*_figures_table(result))
+    for name, folder in result.folders.items():
+        print(f"  {name:<16} {folder}")
+    print(f"  {'report':<16} {result.report}")
+    if result.anew == 0:
+        print(f"  every step was already made: answered from the store in {result.seconds:.1f} s")
+    else:
+        print(f"  {result.anew} of {len(result.made)} steps made anew in {result.seconds:.0f} s; artefacts in {store.root}")
+
+
+def _figures_table(result: Any) -> tuple[list[str], list[list[str]]]:
+    """Stages in rows, figures in columns."""
+    stages: dict[str, dict[str, str]] = {}
+    for made in result.made.values():
+        for name, figure in made.artefact.figures.items():
+            stage, _, metric = name.rpartition(".")
+            if made.artefact.passport.kind == "figures" and stage:
+                low_high = f" [{figure.low:.3g}, {figure.high:.3g}]" if figure.low is not None and figure.high is not None else ""
+                stages.setdefault(stage, {})[f"{made.step.name} {metric}"] = f"{figure.value:.4g}{low_high}"
+    columns = list(dict.fromkeys(column for row in stages.values() for column in row))
+    sizes = {n: sum(f["bytes"] for k, f in made.record["files"].items() if k.startswith("model/")) for n, made in result.made.items()}
+    rows = [[name, f"{sizes.get(name, 0) / 1e6:.2f} MB", *(row.get(column, "") for column in columns)] for name, row in stages.items()]
+    return ["stage", "size", *columns], rows
+
+
+@app.command()
+def quickstart(out: OutAt = None, store: StoreAt = None, sets: Sets = None, as_json: Json = False) -> None:
+    """The whole life of a small model on this machine, no download: pre-train, tune, align, quantise, evaluate, report."""
+    from temper.recipe import load
+
+    _run(load("quickstart", sets or ()), out or Path("temper-out/quickstart"), store, as_json)
+
+
+@app.command()
+def run(
+    recipe: Annotated[Path, typer.Argument(help="A YAML recipe, or the name of one that ships with Temper.")],
+    sets: Sets = None,
+    out: OutAt = None,
+    store: StoreAt = None,
+    as_json: Json = False,
+) -> None:
+    """Runs a recipe with live progress; prints where the artefacts and the report are."""
+    from temper.recipe import load
+
+    plan = load(recipe, sets or ())
+    _run(plan, out or Path("temper-out") / plan.name, store, as_json)
+
+
+@app.command()
+def check(
+    recipe: Annotated[Path, typer.Argument(help="A YAML recipe, or the name of one that ships with Temper.")],
+    sets: Sets = None,
+    store: StoreAt = None,
+    as_json: Json = False,
+) -> None:
+    """Everything knowable before running: inputs, passports, supervised tokens, peak memory, the final save."""
+    from temper import preflight
+    from temper.recipe import load
+
+    found = preflight.check(load(recipe, sets or ()), _store(store))
+    if as_json:
+        _print(dataclasses.asdict(found))
+        return
+    rows = [[one.name, one.engine, one.takes, one.gives, one.state, one.memory_text] for one in found.steps]
+    _table(["step", "engine", "takes", "gives", "state", "peak memory"], rows)
+    for warning in found.warnings:
+        print(f"note: {warning}")
+    print("nothing stands in the way")
+
+
+@app.command()
+def why(
+    step: Annotated[str | None, typer.Argument(help="A step; without it, all of them.")] = None,
+    recipe: Annotated[Path | None, typer.Option("--recipe", "-r", help="The recipe (default: quickstart).")] = None,
+    sets: Sets = None,
+    store: StoreAt = None,
+    as_json: Json = False,
+) -> None:
+    """Says why a step would run again, or would not."""
+    from temper.recipe import load
+    from temper.run import why as explain
+
+    found = explain(load(recipe or Path("quickstart"), sets or ()), _store(store), step)
+    if as_json:
+        _print([dataclasses.asdict(one) for one in found])
+        return
+    for one in found:
+        print(f"{one.step}: {one.state}")
+        for reason in one.because[:12]:
+            print(f"  {reason}")
+        if len(one.because) > 12:
+            print(f"  and {len(one.because) - 12} more")
+
+
+# ----------------------------------------------------------------------------------------------------- knowledge
+
+
+@app.command()
+def methods(
+    engine: Annotated[str | None, typer.Argument(help="An engine; without it, all.")] = None,
+    name: Annotated[str | None, typer.Argument(help="A method; prints its parts, settings and a ready recipe.")] = None,
+    as_json: Json = False,
+) -> None:
+    """The table of methods by slots; one method: parts, formulas, paper, a ready recipe."""
+    from temper import methods as words
+
+    if as_json:
+        _print(words.one(engine, name) if engine and name else words.all_methods(engine))
+    elif engine and name:
+        print(words.page(engine, name))
+    else:
+        for one in [engine] if engine else engines():
+            headings, rows = words.table(one)
+            _table(headings, rows, title=f"{one}: {words.summary(one)}")
+
+
+@app.command()
+def papers(
+    query: Annotated[list[str] | None, typer.Argument(help="Words of a title, a name or an id.")] = None,
+    engine: Annotated[str | None, typer.Option(help="Only one engine's.")] = None,
+    built: Annotated[bool, typer.Option("--built", help="Only what is built today.")] = False,
+    as_json: Json = False,
+) -> None:
+    """The catalogue of papers and where each lives."""
+    from temper.papers import papers as search
+
+    found = search(" ".join(query) if query else None, engine=engine, built=built or None)
+    if as_json:
+        _print([dataclasses.asdict(one) for one in found])
+        return
+    _table(
+        ["id", "engine.name", "built", "title"],
+        [[one.id, f"{one.engine}.{one.name}", "yes" if one.built else "", one.title] for one in found],
+    )
+    print(f"{len(found)} papers")
+
+
+@app.command()
+def schema(out: Annotated[Path | None, typer.Argument(help="The file to write (default: stdout).")] = None) -> None:
+    """Writes the JSON Schema of recipes, for editors."""
+    from temper.context import write
+    from temper.recipe import schema_text
+
+    if out is None:
+        print(schema_text(), end="")
+    else:
+        write(out, schema_text())
+        _err(f"wrote {out}; begin a recipe with `# yaml-language-server: $schema={out.name}`")
+
+
+# --------------------------------------------------------------------------------------------- data and artefacts
+
+
+@app.command()
+def data(
+    path: Annotated[str, typer.Argument(help="A file, a folder, a hub name, house:library or task:NAME.")],
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="Whose tokenizer and template: a folder, a hub name, house:lm, an artefact.")
+    ] = None,
+    rows: Annotated[int, typer.Option("--rows", "-n", min=1, help="How many rows.")] = 3,
+    max_length: Annotated[int, typer.Option(min=1, help="Tokens after which a row is cut.")] = 512,
+    split: Annotated[str, typer.Option(help="train or test.")] = "train",
+    store: StoreAt = None,
+    as_json: Json = False,
+) -> None:
+    """The first rows as the model will see them, supervised tokens marked in colour."""
+    if split not in ("train", "test"):
+        raise Problem(f'"{split}" is not a choice{nearest(split, ("train", "test"))}')
+    from temper.preview import preview
+
+    found = preview(path, model, _store(store), rows=rows, max_length=max_length, split=split)
+    if as_json:
+        _print(found)
+        return
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console(highlight=False)
+    console.print(
+        f"{found['name']}: {found['rows']} rows of shape {found['shape']}, split {split}; supervised tokens are underlined and green"
+    )
+    for number, example in enumerate(found["examples"], 1):
+        console.rule(f"{number}: {sum(told for _, told in example)} of {len(example)} {found['unit']} supervised", align="left")
+        text = Text()
+        for token, told in example:
+            text.append(token, style="green underline" if told else "dim")
+        console.print(text)
+
+
+@app.command()
+def show(
+    artefact: Annotated[str, typer.Argument(help="The beginning of a key, a step, or recipe/step.")],
+    store: StoreAt = None,
+    as_json: Json = False,
+) -> None:
+    """What was made, from what, its passport and figures."""
+    at = _store(store)
+    key = at.find(artefact)
+    record = at.record(key)
+    if as_json:
+        _print(record)
+        return
+    passport = {name: value for name, value in record["passport"].items() if value not in (None, "", [], {})}
+    print(f"{record['name']}: {record['engine']} {record['method']}, made {record['created']} in {record['seconds']:.1f} s")
+    print(f"  key      {key}\n  folder   {at.folder(key)}")
+    for name, value in passport.items():
+        value = ", ".join(f"{k} {v[:12]}" for k, v in value.items()) if isinstance(value, dict) else value
+        print(f"  {name:<12} {value}")
+    for name, figure in at.get(key).figures.items():
+        print(f"  {name:<28} {figure}")
+    for note in record["notes"]:
+        print(f"  note: {note}")
+    for name, choice in record["decisions"].items():
+        print(f"  {name}: {choice['value']}, because {choice['reason']}")
+
+
+@app.command()
+def runs(store: StoreAt = None, as_json: Json = False) -> None:
+    """The runs that the store remembers."""
+    found = _store(store).runs()
+    if as_json:
+        _print(found)
+        return
+    rows = [
+        [one["run"], one["name"], one["state"], f"{one.get('seconds', 0):.0f} s", ", ".join(s["name"] for s in one["steps"])]
+        for one in found
+    ]
+    _table(["run", "recipe", "state", "time", "steps"], rows)
+
+
+@app.command()
+def export(
+    artefact: Annotated[str, typer.Argument(help="The beginning of a key, a step, or recipe/step.")],
+    to: Annotated[str, typer.Argument(help="A folder, or hub:NAME.", metavar="DIR")],
+    merged: Annotated[bool, typer.Option("--merged", help="Fold an adapter into its base first.")] = False,
+    store: StoreAt = None,
+    as_json: Json = False,
+) -> None:
+    """A plain folder with a model card: lineage, figures, licences of all parents."""
+    from temper.models import export as leave
+
+    at = _store(store)
+    made = at.get(at.find(artefact))
+    where = leave.upload(made, to[4:], at, merged=merged) if to.startswith("hub:") else str(leave.export(made, Path(to), at, merged=merged))
+    if as_json:
+        _print({"artefact": made.id, "to": where})
+    else:
+        print(where)
+
+
+@app.command()
+def verify(
+    repair: Annotated[bool, typer.Option("--repair", help="Set damaged artefacts aside, so that they are made again.")] = False,
+    store: StoreAt = None,
+    as_json: Json = False,
+) -> None:
+    """Rereads every checksum of the store."""
+    at = _store(store)
+    found = at.verify(lambda key, state: None if as_json else print(f"{key[:12]} {state}"))
+    bad = {key: state for key, state in found.items() if state != "whole"}
+    if repair:
+        for key in bad:
+            moved = at.set_aside(key)
+            _err(f"{key[:12]} is now {moved}")
+    if as_json:
+        _print(found)
+    else:
+        print(f"{len(found) - len(bad)} whole, {len(bad)} damaged")
+    if bad and not repair:
+        raise typer.Exit(1)
+
+
+@app.command()
+def gc(
+    keep: Annotated[int, typer.Option("--keep", min=0, help="Latest runs of each recipe whose artefacts stay.")] = 1,
+    dry: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
+    store: StoreAt = None,
+    as_json: Json = False,
+) -> None:
+    """Frees the store of what the latest runs do not use."""
+    going, size = _store(store).free(keep, dry)
+    if as_json:
+        _print({"keys": going, "bytes": size, "dry": dry})
+    else:
+        print(f"{'would free' if dry else 'freed'} {size / 1e6:.1f} MB in {len(going)} artefacts")
+
+
+# -------------------------------------------------------------------------------------------- one step, no recipe
+
+
+def _engine_command(name: str) -> Any:
+    def command(
+        model: Annotated[
+            list[str], typer.Argument(help="A folder, a hub name, house:lm, an artefact, or new; then DATA.", metavar="MODEL DATA")
+        ],
+        method: Annotated[str | None, typer.Option("--method", help="A method: `temper methods ENGINE` lists them.")] = None,
+        settings: Annotated[
+            list[str] | None, typer.Option("--set", help="A slot or a setting: delta.lora.rank=8.", metavar="KEY=VALUE")
+        ] = None,
+        seed: Annotated[int, typer.Option(min=0)] = 0,
+        out: Annotated[
+            Path | None, typer.Option("--out", help="Where the result goes as a plain folder (default: it stays in the store).")
+        ] = None,
+        store: StoreAt = None,
+        as_json: Json = False,
+    ) -> None:
+        from temper.progress import Display
+        from temper.run import one_step
+
+        *models, rows = model if len(model) > 1 else (*model, None)
+        with Display(sys.stderr) as display:
+            result = one_step(
+                name,
+                [one for one in models if one != "new"],
+                rows,
+                method=method,
+                out=out,
+                seed=seed,
+                store=_store(store),
+                show=display.show,
+                say=display.say,
+                sets=settings or (),
+            )
+        made = result.last
+        if as_json:
+            _print({"artefact": made.id, "folder": str(out or made.path), "figures": {k: f.dump() for k, f in made.figures.items()}})
+            return
+        for key, figure in made.figures.items():
+            print(f"  {key:<28} {figure}")
+        print(f"  {name}: {out or made.path}")
+
+    command.__doc__ = f"One {name} step without a recipe."
+    return command
+
+
+for _name in engines():
+    app.command(_name, rich_help_panel="Engines", no_args_is_help=True)(_engine_command(_name))

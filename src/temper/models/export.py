@@ -1,0 +1,146 @@
+"""An artefact leaves the store: a plain Hugging Face (or PEFT) folder with a model card of its lineage, figures and licences."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from temper.context import write
+from temper.parts import Problem, shown
+from temper.passport import Artefact, Passport
+from temper.store import Store
+
+MARK = "temper.json"
+"""In an exported folder: which artefact it is. A folder without it is the user's own and is never overwritten."""
+
+
+def export(artefact: Artefact, folder: Path, store: Store, *, merged: bool = False) -> Path:
+    """Writes an artefact as a folder that `transformers` or `peft` load without this package.
+
+    merged: an adapter is folded into its base first. Written beside and renamed; raises `Problem` where `folder` holds
+    something else.
+    """
+    folder = Path(folder)
+    if folder.exists() and any(folder.iterdir()) and not (folder / MARK).is_file():
+        raise Problem(f"{shown(folder.name)} holds files that no export wrote; choose another folder, or empty it")
+    said = {"artefact": artefact.id, "content": artefact.content, "merged": merged}
+    if (folder / MARK).is_file() and json.loads((folder / MARK).read_text(encoding="utf8")).get("export") == said:
+        return folder
+    beside = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.parent.mkdir(parents=True, exist_ok=True)
+    if merged and artefact.passport.kind == "adapter":
+        from temper.models import io
+        from temper.models.deltas import merge
+
+        io.save_model(merge(io.load_model(artefact)), io.load_tokenizer(artefact), beside)
+    elif (artefact.path / "model").is_dir() or artefact.passport.kind in ("model", "adapter"):
+        shutil.copytree(artefact.model, beside)
+    else:
+        shutil.copytree(artefact.path, beside, ignore=shutil.ignore_patterns("record", "artefact.json"))
+    write(beside / MARK, json.dumps({"export": said, "passport": artefact.passport.dump()}, indent=1))
+    if artefact.passport.kind in ("model", "adapter"):
+        write(beside / "README.md", card(artefact, lineage(artefact, store), merged))
+    if folder.exists():
+        old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
+        folder.rename(old)
+        beside.rename(folder)
+        shutil.rmtree(old)
+    else:
+        beside.rename(folder)
+    return folder
+
+
+def upload(artefact: Artefact, name: str, store: Store, *, merged: bool = False) -> str:
+    """Exports to a repository on the hub, private unless it exists. Returns its address."""
+    import tempfile
+
+    import huggingface_hub
+
+    with tempfile.TemporaryDirectory() as folder:
+        made = export(artefact, Path(folder) / "model", store, merged=merged)
+        (made / MARK).unlink()
+        try:
+            huggingface_hub.create_repo(name, private=True, exist_ok=True)
+            huggingface_hub.upload_folder(folder_path=made, repo_id=name)
+        except huggingface_hub.errors.HfHubHTTPError as error:
+            raise Problem(
+                f"the hub refused {shown(name)}: {error}; log in with `hf auth login` and check that you may write there"
+            ) from error
+        except (huggingface_hub.errors.OfflineModeIsEnabled, OSError) as error:
+            raise Problem(f"the hub cannot be reached ({type(error).__name__}); export to a folder instead") from error
+    return f"https://huggingface.co/{name}"
+
+
+def lineage(artefact: Artefact, store: Store) -> list[Mapping[str, Any]]:
+    """What an artefact descends from through models, oldest first: records of the store, and passports from outside."""
+    found: list[Mapping[str, Any]] = []
+    key = artefact.id.partition("@")[0]
+    while store.has(key):
+        record = store.record(key)
+        found.append(record)
+        key = str(record["passport"]["parents"].get("model", "")).partition("@")[0]
+    if key:
+        found.append({"name": key[:12], "engine": "", "method": "", "passport": Passport("model").dump(), "figures": {}, "outside": True})
+    return found[::-1]
+
+
+def card(artefact: Artefact, line: Sequence[Mapping[str, Any]], merged: bool) -> str:
+    """A model card: front matter that the hub reads, then lineage and figures as tables."""
+    from ruamel.yaml import YAML
+
+    passport = artefact.passport
+    licences = sorted({one for record in line for one in record["passport"]["licences"]} | set(passport.licences))
+    adapter = passport.kind == "adapter" and not merged
+    front: dict[str, Any] = {"library_name": "peft" if adapter else "transformers", "tags": ["temper"], "pipeline_tag": "text-generation"}
+    if len(licences) == 1:
+        front["license"] = licences[0]
+    import io as text
+
+    stream = text.StringIO()
+    YAML(typ="safe").dump(front, stream)
+    rows = "\n".join(
+        f"| {index} | {record['name']} | {record['engine'] or 'from outside'} {record['method']} | {record['passport']['numbers'] or ''} |"
+        for index, record in enumerate(line, 1)
+    )
+    figures = "\n".join(f"| {name} | {figure} |" for name, figure in artefact.figures.items())
+    terms = f"Licences of its parents: {', '.join(licences)}." if licences else "Its parents state no licence."
+    loads = (
+        "Load it with `peft.PeftModel.from_pretrained(base, folder)`."
+        if adapter
+        else "Load it with `transformers.AutoModelForCausalLM.from_pretrained(folder)`."
+    )
+    return f"""---
+{stream.getvalue().strip()}
+---
+
+# {artefact.name or artefact.id[:12]}
+
+{loads} {terms}
+
+| | |
+|---|---|
+| artefact | `{artefact.id[:24]}` |
+| kind | {"model" if merged else passport.kind} |
+| architecture | {passport.architecture or ""} |
+| parameters | {passport.parameters or ""} |
+| numbers | {passport.numbers or ""} |
+| share of weights kept by a mask | {passport.mask if passport.mask is not None else "no mask"} |
+| aligned against | {passport.reference[:24] if passport.reference else "nothing"} |
+
+## Lineage
+
+| | step | made by | numbers |
+|---|---|---|---|
+{rows}
+
+## Figures
+
+| figure | value |
+|---|---|
+{figures or "| none measured by this step | |"}
+"""
