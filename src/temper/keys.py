@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from temper import parts
 from temper.parts import dump, shown
 from temper.store import digest, digest_file
 
@@ -72,9 +73,7 @@ def versions() -> dict[str, str]:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             found[name] = "absent"
-    for distribution in importlib.metadata.distributions():
-        if any(point.group.startswith("temper.") for point in distribution.entry_points):
-            found[distribution.name] = distribution.version
+    found.update({name: version for name, version, _ in parts.plugins()})
     return found
 
 

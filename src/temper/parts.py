@@ -302,7 +302,7 @@ class Question:
 def _plugged(group: str) -> tuple[type, ...]:
     """Parts that installed packages add to a slot through entry points named for its module, `temper.adapt.gate`."""
     loaded = []
-    for point in _entry_points():
+    for _, _, point in plugins():
         if point.group == group:
             try:
                 loaded.append(point.load())
@@ -314,10 +314,14 @@ def _plugged(group: str) -> tuple[type, ...]:
 
 
 @functools.cache
-def _entry_points() -> tuple[Any, ...]:
+def plugins() -> tuple[tuple[str, str, Any], ...]:
+    """(distribution, version, entry point) of everything installed that adds parts."""
     import importlib.metadata
 
-    return tuple(point for point in importlib.metadata.entry_points() if point.group.startswith("temper."))
+    found = []
+    for one in importlib.metadata.distributions():
+        found += [(one.name, one.version, point) for point in one.entry_points if point.group.startswith("temper.")]
+    return tuple(found)
 
 
 def pydantic_core_error(problem: Problem) -> Exception:
