@@ -105,13 +105,13 @@ def plain(name: str) -> str:
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """`"; did you mean `lora`?"`, or the whole list where nothing is near."""
+    """`"; did you mean `lora`?"`, or the whole list where nothing is near; nothing where there is nothing to choose."""
     known = sorted(known)
     by_plain = {plain(name): name for name in known}
     close = difflib.get_close_matches(plain(word), by_plain, n=1, cutoff=0.6)
     if close:
         return f"; did you mean `{by_plain[close[0]]}`?"
-    return f"; there is {' · '.join(f'`{name}`' for name in known)}" if known else "; there is none"
+    return f"; there is {' · '.join(f'`{name}`' for name in known)}" if known else ""
 
 
 def shown(value: Any) -> str:
@@ -527,7 +527,7 @@ def _read_error(error: pydantic.ValidationError, path: tuple[str | int, ...]) ->
         found = [one for one in found if one["type"] != "none_required"]
     problems = []
     for one in found:
-        context = one.get("ctx", {})
+        context = {key: f"{value:g}" if isinstance(value, float) else value for key, value in one.get("ctx", {}).items()}
         if one["type"] == "literal_error":
             known = re.findall(r"'([^']*)'", str(context["expected"]))
             if known and isinstance(one["input"], str):

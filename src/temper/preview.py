@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from temper.recipe import house
 from temper.run import address, run
 from temper.store import Store
 from temper.tasks.source import source
@@ -42,9 +43,7 @@ def preview(data: str, model: str | None, store: Store, *, rows: int, max_length
 def _folder(model: str, store: Store) -> str:
     """A folder with a tokenizer; a house model is trained on its first use."""
     if model.startswith("house:"):
-        from temper.recipe import load
-
-        return str(run(load(f"house-{model[6:]}"), store).last.model)
+        return str(run(house(model), store).last.model)
     found = Path(address(model, store))
     if found.is_dir():
         return str(found)

@@ -29,6 +29,7 @@ TOP = ("name", "model", "data", "seed", "use", "env", "export", "steps", "about"
 STEP = ("name", "method", "seed", "about", "aim")
 BLOCKS = ("repeat", "each")
 _NAME = re.compile(r"[A-Za-z][\w.-]*\Z")
+_VARIABLE = re.compile(r"\$\{([\w.:-]+)\}")
 
 
 # -------------------------------------------------------------------------------------------------------- a plan
@@ -131,7 +132,10 @@ class Place:
     changed: tuple[tuple[str | int, ...], ...] = ()
 
     def locate(self, problem: Problem, step: str = "") -> Problem:
-        located = [Located(self._text(one, step or self._step(one.path)), one.path) for one in problem.all]
+        found = [
+            one if isinstance(one, Located) else Located(self._text(one, step or self._step(one.path)), one.path) for one in problem.all
+        ]
+        located = list({str(one): one for one in found}.values())
         return located[0] if len(located) == 1 else Problems(located)
 
     def _text(self, problem: Problem, step: str) -> str:
@@ -182,6 +186,9 @@ class Place:
 
 class Located(Problem):
     """A problem whose text already says where it is."""
+
+    def under(self, *keys: str | int) -> Problem:
+        return self
 
     def __str__(self) -> str:
         return self.text
@@ -239,8 +246,6 @@ def plan(raw: Any, file: str, folder: Path, sets: Sequence[str] = (), text: str 
         changed = tuple(_set(raw, one) for one in sets)
         place = dataclasses.replace(place, changed=changed)
         return _Reader(raw, file, folder, place, text).read()
-    except Located:
-        raise
     except Problem as problem:
         raise place.locate(problem) from problem
 
@@ -248,7 +253,7 @@ def plan(raw: Any, file: str, folder: Path, sets: Sequence[str] = (), text: str 
 def _no_tags(node: Any, path: tuple[str | int, ...] = ()) -> None:
     """YAML tags (`!!python/object`) have no place in a recipe."""
     tag = getattr(getattr(node, "tag", None), "value", None)
-    if tag and not str(tag).startswith("tag:yaml.org,2002:"):
+    if tag and str(tag).removeprefix("tag:yaml.org,2002:") not in ("map", "seq", "str", "int", "float", "bool", "null", "timestamp"):
         raise Problem(f"the tag {shown(str(tag))} is not allowed; write plain values", path)
     if isinstance(node, Mapping):
         for key, value in node.items():
@@ -308,16 +313,19 @@ def _entries(steps: Any, path: tuple[str | int, ...]) -> Iterator[tuple[tuple[st
             yield (*path, index), entry
 
 
-def substituted(value: Any, names: Mapping[str, Any]) -> Any:
+def substituted(value: Any, names: Mapping[str, Any], path: tuple[str | int, ...] = ()) -> Any:
     """`${name}` replaced in every text; a text that is one `${name}` alone becomes its value."""
     if isinstance(value, str):
-        if (whole := re.fullmatch(r"\$\{([\w.:-]+)\}", value)) and whole[1] in names:
-            return names[whole[1]]
-        return re.sub(r"\$\{([\w.:-]+)\}", lambda found: str(_value(found[1], names)), value)
+        try:
+            if whole := re.fullmatch(_VARIABLE, value):
+                return _value(whole[1], names)
+            return re.sub(_VARIABLE, lambda found: str(_value(found[1], names)), value)
+        except Problem as problem:
+            raise problem.under(*path) from problem
     if isinstance(value, Mapping):
-        return {key: substituted(one, names) for key, one in value.items()}
+        return {key: substituted(one, names, (*path, key)) for key, one in value.items()}
     if isinstance(value, (list, tuple)):
-        return [substituted(one, names) for one in value]
+        return [substituted(one, names, (*path, index)) for index, one in enumerate(value)]
     return value
 
 
@@ -372,7 +380,7 @@ class _Reader:
         else:
             self._block(steps, ("steps",), "", self.names, "")
         export = self._export()
-        collect([one for problem in self.problems for one in self.place.locate(problem).all])
+        collect(self.problems)
         about = self._text("about", "")
         return Plan(name, tuple(self.steps), self.text, self.folder, export, seed, about, self.place)
 
@@ -544,7 +552,7 @@ class _Reader:
             try:
                 inputs[role] = self._input(role, takes, body, branch, engine, names)
             except Problem as problem:
-                problems.extend(one if one.path else one.under(role) for one in problem.all)
+                problems.extend(problem.all)
         rest = {key: value for key, value in body.items() if plain(str(key)) not in {plain(one) for one in (*STEP, *module.INPUTS)}}
         cls = parts.spec_of(module)
         spec = None
@@ -588,18 +596,16 @@ class _Reader:
 
     def _input(self, role: str, takes: Input, body: Mapping[str, Any], branch: str, engine: str, names: Mapping[str, Any]) -> Any:
         given = body.get(role)
-        if given is None or given == "none":
-            if given == "none" and not takes.optional:
-                raise Problem(f"`{engine}` needs `{role}`", (role,))
-            given = takes.default if given is None else None
-        if not given:
+        if given == "none" or (given is None and not takes.default):
             if not takes.optional:
-                raise Problem(
-                    f"`{engine}` needs `{role}`, {'or ' if takes.kinds else ''}of kind {' or '.join(f'`{kind}`' for kind in takes.kinds)}"
-                )
+                raise Problem(f"`{engine}` needs `{role}`, of kind {' or '.join(f'`{kind}`' for kind in takes.kinds)}", (role,))
             return None
+        given = takes.default if given is None else given
         if takes.is_data:
-            return self._data(given, role, takes, engine, names)
+            try:
+                return self._data(given, takes, names)
+            except Problem as problem:
+                raise problem.under(role) from problem
         if isinstance(given, (list, tuple)):
             if not takes.many:
                 raise Problem(f"`{role}` takes one, not a list", (role,))
@@ -612,7 +618,10 @@ class _Reader:
                     problems.append(problem.under(role, index))
             collect(problems)
             return tuple(found)
-        found = self._models(given, branch, takes, engine, names)
+        try:
+            found = self._models(given, branch, takes, engine, names)
+        except Problem as problem:
+            raise problem.under(role) from problem
         if takes.many:
             return tuple(found)
         if len(found) != 1:
@@ -621,36 +630,43 @@ class _Reader:
             raise Problem(f"`{given}` names {len(found)} branches; `{role}` takes one", (role,))
         return found[0]
 
-    def _data(self, given: Any, role: str, takes: Input, engine: str, names: Mapping[str, Any]) -> Any:
+    def _own(self, key: str, names: Mapping[str, Any], read: Any) -> Any:
+        """The recipe's own `model:` or `data:`; what is wrong with it is told where it stands."""
+        try:
+            return read(substituted(self.raw[key], names))
+        except Problem as problem:
+            raise self.place.locate(problem.under(key)) from problem
+
+    def _data(self, given: Any, takes: Input, names: Mapping[str, Any]) -> Any:
         from temper.tasks.source import source
 
+        if given == "data":
+            if self.raw.get("data") is None:
+                if takes.optional:
+                    return None
+                raise Problem("the recipe has no `data:` of its own; add one, or name a file here")
+            return self._own("data", names, lambda value: source(value, self.folder))
+
         def own(value: Any) -> Any:
-            """`data` stands for the recipe's own, also inside a source that reads another."""
-            if value == "data":
-                if self.raw.get("data") is None:
-                    raise Problem("the recipe has no `data:` of its own; add one, or name a file here")
-                return own(substituted(self.raw["data"], names)) if self.raw["data"] != "data" else None
+            """`data` stands for the recipe's own also inside a source that reads another."""
             if isinstance(value, Mapping):
-                return {key: own(one) if key == "source" or isinstance(one, Mapping) else one for key, one in value.items()}
+                return {
+                    key: self._data("data", takes, names) if one == "data" and key == "source" else own(one) for key, one in value.items()
+                }
             return value
 
-        if given == "data" and self.raw.get("data") is None and takes.optional:
-            return None
         return source(own(given), self.folder)
 
     def _models(self, word: Any, branch: str, takes: Input, engine: str, names: Mapping[str, Any]) -> list[Any]:
         if not isinstance(word, str):
             raise Problem(f"{shown(word)}: name a step, a folder, a hub model or house:lm")
         if word == "model":
-            own = self.raw.get("model")
-            if own is not None and not isinstance(own, str):
-                raise Problem(f"{shown(own)}: the recipe's `model:` is `new`, a folder, a hub model or house:lm")
-            own = substituted(own, names) if own is not None else None
-            if own is None or own == "new":
+            if self.raw.get("model") in (None, "new"):
                 if takes.optional:
                     return []
                 raise Problem("the recipe has no `model:` of its own; add one, or name a step")
-            return self._models(own, branch, dataclasses.replace(takes, optional=False), engine, names) if own != "model" else []
+            inner = dataclasses.replace(takes, optional=False)
+            return self._own("model", names, lambda own: self._models(own, branch, inner, engine, names) if own != "model" else [])
         if word == "last":
             return [self._last(branch, takes)]
         if word.endswith("[*]"):
@@ -718,20 +734,24 @@ class _Reader:
         for index, step in enumerate(self.steps):
             if step.name == word:
                 return FromStep(index)
-        folder = Path(__file__).parent / "recipes"
-        file = folder / f"house-{word[6:]}.yaml"
-        if not file.is_file():
-            known = [f"house:{path.stem[6:]}" for path in folder.glob("house-*.yaml")]
-            raise Problem(f"no house model `{word}`{nearest(word, known)}")
         offset = len(self.steps)
-        inner = load(file)
-        for number, step in enumerate(inner.steps):
-            inputs = {role: _shifted(value, offset) for role, value in step.inputs.items()}
-            last = number == len(inner.steps) - 1
+        for step in house(word).steps:
             self.modules.setdefault(step.engine, parts.engine(step.engine))
-            name = word if last else f"{word}/{step.name}"
-            self.steps.append(dataclasses.replace(step, name=name, inputs=inputs, path=()))
+            inputs = {role: _shifted(value, offset) for role, value in step.inputs.items()}
+            self.steps.append(dataclasses.replace(step, inputs=inputs, path=()))
         return FromStep(len(self.steps) - 1)
+
+
+def house(word: str) -> Plan:
+    """The built-in recipe of a house model, `house:lm`; its last step is called that wherever it is asked for, so it is made once."""
+    folder = Path(__file__).parent / "recipes"
+    file = folder / f"house-{word[6:]}.yaml"
+    if not file.is_file():
+        raise Problem(f"no house model `{word}`{nearest(word, [f'house:{path.stem[6:]}' for path in folder.glob('house-*.yaml')])}")
+    plan = load(file)
+    *first, last = plan.steps
+    named = [dataclasses.replace(one, name=f"{word}/{one.name}") for one in first]
+    return dataclasses.replace(plan, steps=(*named, dataclasses.replace(last, name=word)))
 
 
 def _shifted(value: Any, by: int) -> Any:

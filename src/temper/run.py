@@ -211,7 +211,8 @@ def outside(ref: Outside, store: Store) -> Artefact:
     """A model from a folder or a hub, with a passport read off its files."""
     from temper.models import folders
 
-    folder = ref.folder if ref.folder.is_dir() else folders.resolve(ref.ref)
+    name, _, revision = ref.ref.partition("@")
+    folder = ref.folder if ref.folder.is_dir() else folders.resolve(name, revision or None)
     passport = folders.passport(folder, ref.ref)
     base = None
     if passport.kind == "adapter":
