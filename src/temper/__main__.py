@@ -1,0 +1,5 @@
+"""`python -m temper`: the same as the command `temper`."""
+
+from temper.cli import main
+
+main()
