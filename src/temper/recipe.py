@@ -194,6 +194,10 @@ class Located(Problem):
         return self.text
 
 
+class Follows(Located):
+    """A problem that another one brings with it, and that need not be told: a reference to a step that is itself in trouble."""
+
+
 # ------------------------------------------------------------------------------------------------------ reading
 
 
@@ -352,6 +356,7 @@ class _Reader:
     scope: Scope = dataclasses.field(default_factory=Scope)
     names: dict[str, Any] = dataclasses.field(default_factory=dict)
     taken: dict[tuple[str, str], tuple[str | int, ...]] = dataclasses.field(default_factory=dict)
+    troubled: list[str] = dataclasses.field(default_factory=list)
 
     def read(self) -> Plan:
         for key in self.raw:
@@ -436,7 +441,10 @@ class _Reader:
             try:
                 self._entry(entry, here, branch, names, loop)
             except Problem as problem:
-                self.problems.extend(problem.all)
+                self.problems.extend(one for one in problem.all if not isinstance(one, Follows))
+                body = next(iter(entry.values()), None) if isinstance(entry, Mapping) else None
+                engine = next(iter(entry), "") if isinstance(entry, Mapping) else entry
+                self.troubled.append(str(body.get("name", engine)) if isinstance(body, Mapping) else str(engine))
 
     def _entry(self, entry: Any, path: tuple[str | int, ...], branch: str, names: Mapping[str, Any], loop: str) -> None:
         if isinstance(entry, str):
@@ -697,6 +705,8 @@ class _Reader:
         base, _, kept = word.partition("@")
         index = self._named(word, branch)
         if index is None:
+            if any(plain(one) == plain(base.partition("[")[0]) for one in self.troubled):
+                raise Follows("")
             branches = [step.name for step in self.steps if step.name.startswith(f"{base}[")]
             if branches:
                 raise Problem(f"`{base}` has branches; write {' or '.join(f'`{one}`' for one in branches)}")
@@ -718,6 +728,8 @@ class _Reader:
             for i, step in enumerate(self.steps)
             if self._gives_model(step) and (not branch or "[" not in step.name or step.name.endswith(f"[{branch}]"))
         ]
+        if self.troubled:
+            raise Follows("")  # the step that is meant may be the one in trouble
         if not mine:
             return next(iter(self._models("model", branch, dataclasses.replace(takes, optional=False), "", self.names)))
         index = mine[-1]
