@@ -172,3 +172,16 @@ def test_a_torn_run_record_is_passed_over(tmp_path):
     (tmp_path / "runs" / "2.json").write_text('{"name": "r"')
     assert [run["run"] for run in store.runs()] == ["1"]
     assert json.loads((tmp_path / "runs" / "1.json").read_text())["name"] == "r"
+
+
+def test_files_outside_are_hashed_once_per_identity(tmp_path, monkeypatch):
+    from temper import store as module
+
+    store, file = Store(tmp_path / "store"), tmp_path / "weights"
+    file.write_text("one")
+    first = store.remembered(file)
+    monkeypatch.setattr(module, "digest_file", lambda path: pytest.fail("read again"))
+    assert Store(tmp_path / "store").remembered(file) == first
+    monkeypatch.undo()
+    file.write_text("other")
+    assert store.remembered(file) != first

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -35,6 +36,7 @@ OutAt = Annotated[Path | None, typer.Option("--out", help="Where the report and 
 
 def main() -> None:
     """The entry point: turns errors into one clear message and an exit code."""
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft|torch)\.")  # for those who write against them
     try:
         code = app(standalone_mode=False)
         sys.exit(code if isinstance(code, int) else 0)
@@ -146,7 +148,10 @@ def _figures_table(result: Any) -> tuple[list[str], list[list[str]]]:
                 stages.setdefault(stage, {})[f"{made.step.name} {metric}"] = f"{figure.value:.4g}{low_high}"
     columns = list(dict.fromkeys(column for row in stages.values() for column in row))
     sizes = {n: sum(f["bytes"] for k, f in made.record["files"].items() if k.startswith("model/")) for n, made in result.made.items()}
-    rows = [[name, f"{sizes.get(name, 0) / 1e6:.2f} MB", *(row.get(column, "") for column in columns)] for name, row in stages.items()]
+    rows = [
+        [name, f"{sizes[name] / 1e6:.2f} MB" if name in sizes else "", *(row.get(column, "") for column in columns)]
+        for name, row in stages.items()
+    ]
     return ["stage", "size", *columns], rows
 
 

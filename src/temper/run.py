@@ -213,12 +213,12 @@ def outside(ref: Outside, store: Store) -> Artefact:
 
     name, _, revision = ref.ref.partition("@")
     folder = ref.folder if ref.folder.is_dir() else folders.resolve(name, revision or None)
-    passport = folders.passport(folder, ref.ref)
+    passport = folders.passport(folder, ref.ref, store.remembered)
     base = None
     if passport.kind == "adapter":
         name = folders.base_name(folder)
         base = outside(Outside(name, folder.parent / name if not Path(name).is_absolute() else Path(name)), store)
-    content = folders.content(folder)
+    content = folders.content(folder, store.remembered)
     return Artefact(content, folder, passport, base, {}, content, Path(ref.ref).name)
 
 

@@ -150,11 +150,25 @@ class Store:
             read += stat.st_size
             fresh[where] = identity
         if fresh:
-            self._verified = None  # another process may have added to it
-            seen = {**self._cache(), **fresh}
-            self._verified = seen
-            write(self.root / "verified.json", json.dumps(seen))
+            self._remember(fresh)
         return read
+
+    def remembered(self, path: Path) -> str:
+        """SHA-256 of any file, read once per identity: large models outside the store are not hashed at every run."""
+        path = path.resolve()
+        stat = path.stat()
+        identity = [stat.st_ino, stat.st_size, stat.st_mtime_ns]
+        known = self._cache().get(str(path))
+        if known is not None and known[:3] == identity:
+            return known[3]
+        found = digest_file(path)
+        self._remember({str(path): [*identity, found]})
+        return found
+
+    def _remember(self, fresh: Mapping[str, list[Any]]) -> None:
+        self._verified = None  # another process may have added to it
+        self._verified = {**self._cache(), **fresh}
+        write(self.root / "verified.json", json.dumps(self._verified))
 
     def verify(self, tell: Callable[[str, str], None] = lambda key, state: None) -> dict[str, str]:
         """Rereads every file of every artefact. Returns key -> `whole` or what is wrong."""

@@ -1,0 +1,47 @@
+"""What a learning step leaves for the model that comes in: its passport, or a refusal before anything is loaded."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from temper.parts import Problem, mark_of
+from temper.passport import UNKNOWN, Passport, child
+
+if TYPE_CHECKING:
+    from temper.models.deltas.base import Base
+    from temper.models.deltas.delta import Delta
+
+_FLOATS = ("float64", "float32", "bfloat16", "float16")
+
+
+def adapted(model: Passport, delta: Delta, base: Base) -> Passport:
+    """The passport of what training `delta` on `base` of a model leaves.
+
+    - An adapter that comes in and goes on is what leaves, on its own base. Merged first, it stays in the lineage.
+    - A mask holds: what an adapter learns inside it is merged into a whole model, since a PEFT folder holds no mask.
+    - A grid holds under a delta that trains the weights. An adapter on quantised weights stays beside them.
+
+    Raises `Problem` where the chain would lose what one of them is.
+    """
+    name, goes_on = mark_of(delta).name, model.kind == "adapter" and base.continues
+    if goes_on and delta.kind != "adapter":
+        raise Problem(f"an adapter comes in, and delta `{name}` trains the weights under it; write `base: merged`", ("base",))
+    if delta.kind == "adapter" and model.mask is not None and model.quantised:
+        raise Problem(
+            f"the model is both pruned (density {model.mask:g}) and quantised ({model.numbers}); merged inside the mask `{name}` would "
+            "leave the grid, and kept beside it the mask; use delta `full`, which holds both",
+            ("delta",),
+        )
+    if model.kind == "adapter" and not base.continues and model.quantised:
+        raise Problem(
+            f"merging an adapter into {model.numbers} weights would leave their grid; let it go on (`base: as-loaded`), "
+            "or merge it before quantising",
+            ("base",),
+        )
+    if delta.kind == "model" or model.mask is not None:
+        if model.numbers not in (*_FLOATS, None, UNKNOWN) and not model.quantised:
+            raise Problem(
+                f"weights in {model.numbers} cannot be trained and written back; use delta `lora`, which stays beside them", ("delta",)
+            )
+        return child(model, kind="model")
+    return child(model, kind="adapter", base=model.base)
