@@ -204,30 +204,42 @@ def test_lists_combine():
     ("raw", "message"),
     [
         ({"gate": "relaible"}, "`gate`: slot `gate` has no part `relaible`; did you mean `reliable`?"),
-        ({"gate": {"reliable": {"margins": 1.0}}}, "`gate.reliable.margins`: part `reliable` has no setting `margins`; did you mean `margin`?"),
+        (
+            {"gate": {"reliable": {"margins": 1.0}}},
+            "`gate.reliable.margins`: part `reliable` has no setting `margins`; did you mean `margin`?",
+        ),
         ({"gate": {"reliable": {"margin": True}}}, "`gate.reliable.margin`: true: a number is asked for"),
         ({"gate": {"reliable": {"margin": "1"}}}, '`gate.reliable.margin`: "1": a number is asked for'),
-        ({"gate": {"reliable": {"margin": -1}}}, "`gate.reliable.margin`: -1: must be above 0.0"),
+        ({"gate": {"reliable": {"margin": -1}}}, "`gate.reliable.margin`: -1: must be above 0"),
         ({"gate": {"non-redundant": {"most": 1.5}}}, "`gate.non-redundant.most`: 1.5: a whole number is asked for"),
-        ({"gate": {"non-redundant": {"share": 1.5}}}, "`gate.non-redundant.share`: 1.5: must be at most 1.0"),
+        ({"gate": {"non-redundant": {"share": 1.5}}}, "`gate.non-redundant.share`: 1.5: must be at most 1"),
         ({"gate": {"non-redundant": {"mode": "sofd"}}}, '`gate.non-redundant.mode`: "sofd" is not a choice; did you mean `soft`?'),
         ({"gate": {"reliable": 3}}, "`gate.reliable`: 3: settings of `reliable` are a mapping such as {margin: 0.4}"),
         (
             {"gate": {"reliable": {}, "counting": {}}},
             "`gate`: a part is written `name` or `{name: {setting: value}}`, with one name; here are 2",
         ),
-        ({"gate": 3}, "`gate`: 3: slot `gate` takes the name of a part; there is `counting` · `non-redundant` · `reliable` · `stubborn` · `taught`"),
+        (
+            {"gate": 3},
+            "`gate`: 3: slot `gate` takes the name of a part; there is `counting` · `non-redundant` · `reliable` · `stubborn` · `taught`",
+        ),
         ({"gate": []}, "`gate`: slot `gate`: an empty list; name a part"),
         (
             {"gate": None},
             "`gate`: slot `gate` cannot be empty; there is `counting` · `non-redundant` · `reliable` · `stubborn` · `taught`",
         ),
         ({"anchor": ["plain"]}, "`anchor`: slot `anchor` takes one part, not a list"),
-        ({"gate": ["reliable", "x"]}, "`gate.1`: slot `gate` has no part `x`; there is `counting` · `non-redundant` · `reliable` · `stubborn` · `taught`"),
+        (
+            {"gate": ["reliable", "x"]},
+            "`gate.1`: slot `gate` has no part `x`; there is `counting` · `non-redundant` · `reliable` · `stubborn` · `taught`",
+        ),
         ({"epoch": 2}, "`epoch`: `toy` has no setting `epoch`; did you mean `epochs`?"),
         ({"epochs": 0}, "`epochs`: 0: must be above 0"),
         ({"ratio": "x"}, '`ratio`: "x": a number is asked for'),
-        ({"gate": other.Plain()}, "`gate`: part `plain` does not answer slot `gate`; there is `counting` · `non-redundant` · `reliable` · `stubborn` · `taught`"),
+        (
+            {"gate": other.Plain()},
+            "`gate`: part `plain` does not answer slot `gate`; there is `counting` · `non-redundant` · `reliable` · `stubborn` · `taught`",
+        ),
     ],
 )
 def test_bad_settings_are_refused_with_value_rule_and_nearest_word(raw, message):
@@ -274,12 +286,27 @@ def test_a_live_part_is_updated_by_a_ramp_and_keeps_its_state():
 @pytest.mark.parametrize(
     ("raw", "message"),
     [
-        ({"stubborn": {"step": {"ramp": [1, 2]}}}, "`gate.stubborn.step`: `stubborn` keeps state and takes no new settings during a run; give one number"),
-        ({"reliable": {"margin": {"ramp": [1, 2, 3]}}}, "`gate.reliable.margin.ramp`: [1, 2, 3]: a ramp is written `ramp: [first, last]` with two numbers"),
-        ({"reliable": {"margin": {"ramp": [1, -2]}}}, "`gate.reliable.margin.ramp.1`: -2: must be above 0.0"),
-        ({"reliable": {"margin": {"ramp": [1, 2], "until": 2}}}, "`gate.reliable.margin.until`: 2: must be a share of the run, from 0 to 1"),
-        ({"reliable": {"margin": {"ramp": [1, 2], "shape": "cosin"}}}, '`gate.reliable.margin.shape`: "cosin" is not a choice; did you mean `cosine`?'),
-        ({"reliable": {"margin": {"ramp": [1, 2], "untill": 1.0}}}, "`gate.reliable.margin.untill`: a ramp has no setting `untill`; did you mean `until`?"),
+        (
+            {"stubborn": {"step": {"ramp": [1, 2]}}},
+            "`gate.stubborn.step`: `stubborn` keeps state and takes no new settings during a run; give one number",
+        ),
+        (
+            {"reliable": {"margin": {"ramp": [1, 2, 3]}}},
+            "`gate.reliable.margin.ramp`: [1, 2, 3]: a ramp is written `ramp: [first, last]` with two numbers",
+        ),
+        ({"reliable": {"margin": {"ramp": [1, -2]}}}, "`gate.reliable.margin.ramp.1`: -2: must be above 0"),
+        (
+            {"reliable": {"margin": {"ramp": [1, 2], "until": 2}}},
+            "`gate.reliable.margin.until`: 2: must be a share of the run, from 0 to 1",
+        ),
+        (
+            {"reliable": {"margin": {"ramp": [1, 2], "shape": "cosin"}}},
+            '`gate.reliable.margin.shape`: "cosin" is not a choice; did you mean `cosine`?',
+        ),
+        (
+            {"reliable": {"margin": {"ramp": [1, 2], "untill": 1.0}}},
+            "`gate.reliable.margin.untill`: a ramp has no setting `untill`; did you mean `until`?",
+        ),
     ],
 )
 def test_bad_ramps(raw, message):
@@ -304,7 +331,10 @@ def test_phases_switch_close_and_are_checkpointed():
 @pytest.mark.parametrize(
     ("raw", "message"),
     [
-        ([["soon", "reliable"]], '`gate.phased.0.0`: "soon" is no point of a run; write a share such as 0.5, steps such as 200, "2M tokens", or end'),
+        (
+            [["soon", "reliable"]],
+            '`gate.phased.0.0`: "soon" is no point of a run; write a share such as 0.5, steps such as 200, "2M tokens", or end',
+        ),
         ([["end"]], '`gate.phased.0`: ["end"]: a phase is written [until, part]'),
         ([[0.5, "relible"]], "`gate.phased.0.1`: slot `gate` has no part `relible`; did you mean `reliable`?"),
         ([[0.5, "reliable"], [100, "reliable"]], "`gate.phased`: phases count in share and steps; use one unit"),
@@ -317,7 +347,10 @@ def test_bad_phases(raw, message):
 
 def test_a_slot_that_may_not_change_refuses_phases_and_ramps():
     assert problem(anchor={"phased": [["end", "plain"]]}) == "`anchor.phased`: slot `anchor` may not change over a run; name one part"
-    assert problem(anchor={"teacher": {"scale": {"ramp": [1, 2]}}}) == "`anchor.teacher.scale`: `scale` of `teacher` may not change over a run; give one number"
+    assert (
+        problem(anchor={"teacher": {"scale": {"ramp": [1, 2]}}})
+        == "`anchor.teacher.scale`: `scale` of `teacher` may not change over a run; give one number"
+    )
 
 
 # --------------------------------------------------------------------------------------------------------- needs
@@ -380,7 +413,12 @@ def test_schema_accepts_what_build_accepts():
     definitions: dict = {}
     schema = {**parts.schema(Toy, definitions), "$defs": definitions}
     checker = jsonschema.Draft202012Validator(schema)
-    good = [{"gate": "reliable"}, {"gate": {"non-redundant": {"most": 5}}}, {"gate": ["reliable", "counting"]}, {"anchor": "none", "epochs": 3}]
+    good = [
+        {"gate": "reliable"},
+        {"gate": {"non-redundant": {"most": 5}}},
+        {"gate": ["reliable", "counting"]},
+        {"anchor": "none", "epochs": 3},
+    ]
     bad = [{"gate": "relaible"}, {"gate": {"reliable": {"margins": 1}}}, {"anchor": ["plain"]}, {"epochs": "x"}, {"what": 1}]
     for one in good:
         build(Toy, one)

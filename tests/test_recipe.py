@@ -145,7 +145,7 @@ def test_a_users_parts_are_used_and_part_of_the_step(folder):
 def test_the_quickstart_takes_another_model_and_data_by_two_lines(folder):
     plan = load("quickstart")
     assert plan.steps[0].inputs["model"] is None
-    text = (Path(parts.__file__).parent / "recipes" / "quickstart.yaml").read_text()
+    text = (Path(parts.__file__).parents[1] / "recipes" / "quickstart.yaml").read_text()
     for line in ("model: new", "data: house:library"):
         assert f"\n{line}\n" in text
     own = text.replace("\nmodel: new\n", "\nmodel: tiny\n").replace("\ndata: house:library\n", "\ndata: rows.jsonl\n")
