@@ -23,7 +23,7 @@ class _Callable(ModuleType):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         name = self.__name__.rpartition(".")[2]
-        if hasattr(self, "__path__"):  # an engine's package: one step of it
+        if name in importlib.import_module("temper.parts").engines():
             return importlib.import_module("temper.run").one_step(name, *args, **kwargs)
         return getattr(self, name)(*args, **kwargs)
 
