@@ -1,0 +1,43 @@
+# What there is to do here; `make` alone lists it. The environment is built once, into .venv.
+
+PYTHON ?= python3
+BIN := .venv/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help quickstart test lint docs bench clean
+
+help:  ## lists these commands
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+quickstart: .venv/installed  ## the whole life of a small model on this machine, in minutes
+	$(BIN)/temper quickstart
+
+test: .venv/installed  ## runs all tests, without the network
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal
+
+lint: .venv/installed  ## checks style and types
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/pyright
+
+docs: .venv/installed-docs  ## builds the documentation into site/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+bench: .venv/installed  ## measures what has a benchmark
+	$(BIN)/python benchmarks/startup.py
+
+clean:  ## removes what the commands above make, but not .venv
+	rm -rf site build dist .pytest_cache .ruff_cache .hypothesis temper-out src/*.egg-info
+	find src tests benchmarks tools docs -name __pycache__ -type d -exec rm -rf {} +
+
+# torch comes first and pinned, so that nothing else pulls another one.
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Temper needs Python 3.11 or newer; this is %d.%d. Say which: make PYTHON=python3.12" % sys.version_info[:2])'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet 'torch==2.13.0' -c constraints.txt
+	$(BIN)/pip install --quiet -e '.[dev]' -c constraints.txt
+	@touch $@
+
+.venv/installed-docs: .venv/installed
+	$(BIN)/pip install --quiet -e '.[docs]' -c constraints.txt
+	@touch $@
