@@ -70,13 +70,13 @@ def test_rounding_to_nearest_is_compressed_tensors_own(artefact: Any, llama: Any
     figures = output.figures
     assert figures["bytes"].value == (folder / "model.safetensors").stat().st_size
     header = int.from_bytes((folder / "model.safetensors").read_bytes()[:8], "little")
-    assert figures["bytes packed"].value == figures["bytes"].value - 8 - header
-    assert figures["bits per weight"].value == 4 + 32 / 32  # one float32 scale for 32 weights
+    assert figures["packed_bytes"].value == figures["bytes"].value - 8 - header
+    assert figures["bits_per_weight"].value == 4 + 32 / 32  # one float32 scale for 32 weights
     quantised = 2 * (32 * 32 * 2 + 16 * 32 * 2 + 3 * 32 * 64)
-    assert figures["bits per weight"].n == quantised
-    assert figures["quantised share"].value == pytest.approx(quantised / sum(p.numel() for p in model.parameters()))
-    assert "output error" not in figures
-    assert 0 < figures["weight error"].value < 0.02
+    assert figures["bits_per_weight"].n == quantised
+    assert figures["quantised_share"].value == pytest.approx(quantised / sum(p.numel() for p in model.parameters()))
+    assert "output_error" not in figures
+    assert 0 < figures["weight_error"].value < 0.02
     table = json.loads((context.out / "layers.json").read_text())
     assert [one["name"] for one in table][:2] == ["model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.k_proj"]
     assert table[0] == table[0] | {"rows": 32, "columns": 32, "numbers": "int4-g32-sym", "bits": 5.0, "output_error": None}
@@ -114,7 +114,7 @@ def test_gptq_errs_less_on_outputs_and_predictions(artefact: Any, llama: Any, te
         context = Context.scratch(tmp_path / name)
         output = run(spec, Inputs(model=artefact(), data=texts), context)
         off = (logits(loaded(context.out / "model")) - logits(llama())).square().mean().item()
-        found[name] = (output.figures["output error"].value, output.figures["weight error"].value, off)
+        found[name] = (output.figures["output_error"].value, output.figures["weight_error"].value, off)
     assert found["gptq"][0] < 0.8 * found["rtn"][0]
     assert found["gptq"][1] > found["rtn"][1]  # it moves weights further, to the outputs' good
 
@@ -219,8 +219,8 @@ def test_dequantised(artefact: Any, llama: Any, texts: Any, tmp_path: Path) -> N
         weight = made.get_submodule(name).weight
         assert torch.equal(one.fold(weight), weight)
         assert len((weight[0, :16] / one.scale[0, 0]).round(decimals=4).unique()) <= 16
-    assert output.figures["bytes"].value > output.figures["bytes packed"].value > 0
-    assert output.figures["bits per weight"].value == pytest.approx(4 + 32 / 16, rel=0.01)  # 60 columns make a short fourth group
+    assert output.figures["bytes"].value > output.figures["packed_bytes"].value > 0
+    assert output.figures["bits_per_weight"].value == pytest.approx(4 + 32 / 16, rel=0.01)  # 60 columns make a short fourth group
 
 
 def test_a_quantised_model_is_tuned_on_its_grid(artefact: Any, texts: Any, tmp_path: Path) -> None:
@@ -265,7 +265,7 @@ def test_bfloat16(artefact: Any, llama: Any, texts: Any, tmp_path: Path) -> None
     start = artefact(llama().to(torch.bfloat16))
     context = Context.scratch(tmp_path)
     output = run(QUICK, Inputs(model=start, data=texts), context)
-    assert output.figures["bits per weight"].value == 4 + 16 / 32
+    assert output.figures["bits_per_weight"].value == 4 + 16 / 32
     made = loaded(context.out / "model")
     assert made.dtype == torch.bfloat16
     state, held = compressed.read(context.out / "model")
@@ -337,7 +337,7 @@ def test_settings_of_samples_count(changed: Samples, artefact: Any, texts: Any, 
     def errors(calibrate: Samples, name: str) -> float:
         context = Context.scratch(tmp_path / name)
         spec = dataclasses.replace(QUICK, calibrate=calibrate, where=Names(("layers.0.*.q_proj",)))
-        return run(spec, Inputs(model=start, data=texts), context).figures["output error"].value
+        return run(spec, Inputs(model=start, data=texts), context).figures["output_error"].value
 
     start = artefact()
     assert errors(SMALL, "as before") != errors(changed, "changed")

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import sys
-import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
@@ -92,7 +91,7 @@ def run(spec: Quantize, inputs: Inputs, context: Context) -> Output:
     model, masks = plain(inputs.model, context)
     layers = chosen(model, live.where, live.store, grid)
     batches = live.calibrate(inputs.data.load("train"), tokenizer, longest(model)) if live.calibrate else None
-    before, started = size(model), time.monotonic()
+    before = size(model)
 
     grids: dict[str, OnGrid] = {}
     table = []
@@ -104,14 +103,13 @@ def run(spec: Quantize, inputs: Inputs, context: Context) -> Output:
             settle(module, layer, grids[layer.name], codes, values)
             table.append(row(layer, grids[layer.name], values))
             bar.advance(1, error=table[-1]["weight_error" if layer.curvature is None else "output_error"])
-    seconds = time.monotonic() - started
 
     folder = context.out / "model"
     with io.quiet():
         live.store(model, grids, masks, folder)
     tokenizer.save_pretrained(folder)
     write(context.out / "layers.json", json.dumps(table, indent=1))
-    return Output(figures(model, grids, table, folder, before, seconds))
+    return Output(figures(model, grids, table, folder, before))
 
 
 # -------------------------------------------------------------------------------------------------------- its stages
@@ -251,10 +249,8 @@ def size(model: nn.Module) -> int:
     return sum({tensor.data_ptr(): tensor.numel() * tensor.element_size() for tensor in model.state_dict().values()}.values())
 
 
-def figures(
-    model: Any, grids: Mapping[str, OnGrid], table: list[dict[str, Any]], folder: Path, before: int, seconds: float
-) -> dict[str, Figure]:
-    """What the step reports. Errors are means over the layers; `bytes packed` is what the tensors take with codes for weights."""
+def figures(model: Any, grids: Mapping[str, OnGrid], table: list[dict[str, Any]], folder: Path, before: int) -> dict[str, Figure]:
+    """What the step reports. Errors are means over the layers; `packed_bytes` is what the tensors take with codes for weights."""
     from temper.models.compressed import packed_bytes
 
     weights = sum(one["rows"] * one["columns"] for one in table)
@@ -265,11 +261,11 @@ def figures(
         saved += dense - packed_bytes(grids[one["name"]], torch.Size((one["rows"], one["columns"])), item)
     found = {
         "bytes": Figure(sum(file.stat().st_size for file in folder.glob("*.safetensors")), unit="B", better="lower"),
-        "bytes packed": Figure(before - saved, unit="B", better="lower"),
-        "bits per weight": Figure(sum(one["bits"] * one["rows"] * one["columns"] for one in table) / weights, n=weights, better="lower"),
-        "quantised share": Figure(weights / sum(parameter.numel() for parameter in model.parameters())),
+        "packed_bytes": Figure(before - saved, unit="B", better="lower"),
+        "bits_per_weight": Figure(sum(one["bits"] * one["rows"] * one["columns"] for one in table) / weights, n=weights, better="lower"),
+        "quantised_share": Figure(weights / sum(parameter.numel() for parameter in model.parameters())),
     }
     for name in ("weight_error", "output_error"):
         if known := [one[name] for one in table if one[name] is not None]:
-            found[name.replace("_", " ")] = Figure(sum(known) / len(known), n=len(known), better="lower")
-    return {**found, "seconds": Figure(seconds, unit="s", better="lower")}
+            found[name] = Figure(sum(known) / len(known), n=len(known), better="lower")
+    return found
