@@ -254,17 +254,20 @@ def papers(
     as_json: Json = False,
 ) -> None:
     """The catalogue of papers and where each lives."""
+    from temper.papers import nearest as near
     from temper.papers import papers as search
 
     found = search(" ".join(query) if query else None, engine=engine, built=built or None)
     if as_json:
         _print([dataclasses.asdict(one) for one in found])
         return
-    _table(
-        ["id", "engine.name", "built", "title"],
-        [[one.id, f"{one.engine}.{one.name}", "yes" if one.built else "", one.title] for one in found],
-    )
-    print(f"{len(found)} papers")
+    if found:
+        rows = [[one.id, f"{one.engine}.{one.name}", "yes" if one.built else "", one.title] for one in found]
+        _table(["id", "engine.name", "built", "title"], rows)
+        print(f"{len(found)} papers")
+        return
+    close = [f"{one.id} {one.title}" for one in near(" ".join(query or ()))]
+    print("no paper has all these words" + (f"; near are {' · '.join(close)}" if close else ""))
 
 
 @app.command()
