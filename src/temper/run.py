@@ -216,8 +216,19 @@ def outside(ref: Outside, store: Store) -> Artefact:
     passport = folders.passport(folder, ref.ref, store.remembered)
     base = None
     if passport.kind == "adapter":
-        name = folders.base_name(folder)
-        base = outside(Outside(name, folder.parent / name if not Path(name).is_absolute() else Path(name)), store)
+        under = Path(folders.base_name(folder))
+        base = outside(Outside(str(under), under if under.is_absolute() else folder.parent / under), store)
+        mine, its = passport, base.passport
+        passport = dataclasses.replace(
+            mine,
+            base=its.base,
+            numbers=its.numbers,
+            mask=its.mask,
+            tokenizer=mine.tokenizer or its.tokenizer,
+            template=mine.template or its.template,
+            architecture=its.architecture,
+            adapters=its.adapters,
+        )
     content = folders.content(folder, store.remembered)
     return Artefact(content, folder, passport, base, {}, content, Path(ref.ref).name)
 

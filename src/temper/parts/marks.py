@@ -24,7 +24,7 @@ Count = Annotated[int, Field(gt=0)]
 Rate = Annotated[float, Field(gt=0)]
 """A number above 0."""
 
-STRICT = ConfigDict(strict=True, extra="forbid", arbitrary_types_allowed=True)
+STRICT = ConfigDict(strict=True, extra="forbid", arbitrary_types_allowed=True, allow_inf_nan=False)
 
 
 def _kebab(name: str) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from temper.parts import Count
 from temper.train.batching import collate
 from temper.train.precision import Precision, autocast
 
@@ -16,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def heldout(
-    examples: Sequence[Example], loss: Callable[[Any, Batch], Sum], *, device: str, precision: Precision = "float32", tokens: Count = 8192
+    examples: Sequence[Example], loss: Callable[[Any, Batch], Sum], *, device: str, precision: Precision = "float32", tokens: int = 8192
 ) -> Callable[[Any], dict[str, float]]:
     """A function of a model that gives `heldout_loss`, the mean over all that the examples supervise, and the loss's extras likewise.
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
 import shutil
 from collections.abc import Callable, Sequence
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from temper.parts import Count, Problem, Rate, Spec, spec
-from temper.passport import Figure
+from temper.passport import Figure, Passport
 from temper.train import precision as formats
 from temper.train.examples import encode
 from temper.train.heldout import heldout
@@ -37,7 +36,8 @@ class Learning(Spec):
     tokens: Count | None = None
     """Tokens to train on, in place of epochs; they count up to whole updates."""
     max_length: Count | None = 1024
-    """Tokens of an example at most. Longer text goes on in another example, anything else loses its end; none: as they are."""
+    """Tokens of an example at most, and never more than the model takes. Longer text goes on in another example, anything else
+    loses its end."""
     clip: Rate | None = 1.0
     """Greatest norm of an update's gradient; none: any."""
     precision: Literal["auto", "float32", "bf16"] = "auto"
@@ -60,6 +60,18 @@ class Learning(Spec):
             raise Problem(f"keep {late[0]}: the run ends after update {self.updates}; keep an earlier one, or train longer")
 
 
+def check_readable(model: Passport, data: Passport) -> None:
+    """Raises `Problem` where the model's tokenizer cannot read the data. An adapter's may be its base's, which is not known here."""
+    if model.tokenizer is None and model.kind == "model":
+        raise Problem("the model has no tokenizer, which training needs; put `tokenizer.json` into its folder", ("model",))
+    if data.kind == "chat" and model.template is None and model.tokenizer is not None:
+        raise Problem(
+            "chats need a chat template and the model's tokenizer has none; put a chat_template.jinja into the model's folder, "
+            "or give rows with `prompt` and `completion`",
+            ("data",),
+        )
+
+
 def held_examples(load: Callable[[], Rows], tokenizer: Any, model: Any, spec: Learning, context: Context) -> Encoded | None:
     """The examples of the held-out loss; None where none is asked for, or (with a note) where the data hold none out."""
     if spec.evaluate_every is None:
@@ -68,15 +80,20 @@ def held_examples(load: Callable[[], Rows], tokenizer: Any, model: Any, spec: Le
         rows = load()
         step = max(1, len(rows) // spec.evaluate_rows)
         some = dataclasses.replace(rows, rows=rows.rows[::step][: spec.evaluate_rows])
-        return encode(some, tokenizer, max_length=spec.max_length or int(min(_positions(model), 1024)))
+        return encode(some, tokenizer, max_length=room(spec, model) or 1024)
     except Problem as problem:
         context.note(f"no held-out loss: {problem}")
         return None
 
 
-def _positions(model: Any) -> float:
+def room(spec: Learning, model: Any) -> int | None:
+    """Tokens of an example at most: as many as are asked for and the model takes; None where neither says."""
+    return min((most for most in (spec.max_length, _positions(model)) if most), default=None)
+
+
+def _positions(model: Any) -> int | None:
     """Tokens that the model is said to take."""
-    return getattr(model.config, "max_position_embeddings", None) or math.inf
+    return getattr(model.config, "max_position_embeddings", None)
 
 
 def precision_of(spec: Learning, model: Any, context: Context) -> formats.Precision:
@@ -132,7 +149,7 @@ def learn(
 def _fits(model: Any, batches: Sequence[Batch]) -> None:
     most = _positions(model)
     longest = max(batch.input_ids.shape[1] for batch in batches)
-    if longest > most:
+    if most and longest > most:
         raise Problem(f"the model takes {most} tokens and a batch is {longest} long; give a smaller max_length, or shorter packed rows")
 
 
@@ -140,7 +157,8 @@ def _bring_out(context: Context) -> None:
     """The models kept on the way: work/kept/500 -> out/checkpoints/500. Linked, not moved: a crash before the end loses none."""
     kept = context.work / "kept"
     if kept.is_dir():
-        shutil.copytree(kept, context.out / "checkpoints", copy_function=_link)
+        unfinished = shutil.ignore_patterns(".*")
+        shutil.copytree(kept, context.out / "checkpoints", copy_function=_link, ignore=unfinished)
 
 
 def _link(source: str, target: str) -> None:

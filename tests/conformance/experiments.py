@@ -1,0 +1,246 @@
+"""The smallest experiment that can tell one answer to a slot from another: `(live, world) -> outcome`, one for each slot.
+
+live: the slot with a part in it, started as skeletons start it (`parts.LiveSlot`). An outcome is made of numbers, texts, tensors,
+lists and dicts, and depends on the part alone.
+"""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import numpy
+import torch
+from world import TEXTS, World
+from world import run as run_engine
+
+from temper import parts
+from temper.align.scores import compare
+from temper.evaluate.engine import Evaluate
+from temper.evaluate.subject import Subject
+from temper.models import io
+from temper.models.deltas import attach
+from temper.models.deltas.delta import Lora
+from temper.models.deltas.init import Default
+from temper.models.grids import Integer, ranges
+from temper.quantize.engine import Quantize
+from temper.quantize.layer import Layer
+from temper.quantize.range import MinMax
+from temper.tasks.files import HUB
+from temper.train.batching import Batch
+from temper.train.examples import encode
+from temper.train.objectives import Causal, Sum
+
+
+def drawn(*shape: int, seed: int = 0) -> torch.Tensor:
+    """Normal numbers, always the same."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+# ------------------------------------------------------------------------------------------------------- training
+
+
+def schedule(live: Any, world: World) -> Any:
+    return [live(step / 20) for step in range(21)]
+
+
+def optimizer(live: Any, world: World) -> Any:
+    """Four updates of a matrix and a vector that a parabola pulls."""
+    held = [torch.nn.Parameter(drawn(3, 4)), torch.nn.Parameter(drawn(4, seed=1))]
+    descend(live.build(held), held, 4)
+    return [one.detach() for one in held]
+
+
+def descend(built: torch.optim.Optimizer, held: list[torch.nn.Parameter], updates: int) -> None:
+    def closure() -> torch.Tensor:
+        built.zero_grad()
+        loss = torch.stack([(one - 2).square().sum() for one in held]).sum()
+        loss.backward()
+        return loss
+
+    for _ in range(updates):
+        built.step(closure)
+
+
+def objective(live: Any, world: World) -> Any:
+    """A loss of a model and a batch, and its gradient."""
+    model = world.fresh()
+    return {"loss": (found := live(model, world.batch())).mean.detach(), "count": found.count, "gradient": gradient(model, [found])}
+
+
+def gradient(model: Any, sums: list[Sum]) -> list[torch.Tensor]:
+    """Of the mean over all that the sums count."""
+    held = [one for one in model.parameters() if one.requires_grad]
+    total = torch.stack([one.total for one in sums]).sum() / sum(one.count for one in sums)
+    return [one.detach() for one in torch.autograd.grad(total, held)]
+
+
+def batching(live: Any, world: World) -> Any:
+    """What three updates descend: an update's cut into micro-batches does not show, its examples and what they see of one another do."""
+    examples = encode(world.given("text"), world.tokenizer, max_length=None)
+    plan, model = live(examples, world.context().stream("batching")), world.fresh()
+    sums = [[Causal()(model, one) for one in plan.update(update)] for update in range(3)]
+    return {"updates": plan.updates_per_epoch, "gradients": [gradient(model, some) for some in sums]}
+
+
+# --------------------------------------------------------------------------------------------------------- models
+
+
+def where(live: Any, world: World) -> Any:
+    return live(world.fresh())
+
+
+def delta(live: Any, world: World) -> Any:
+    return trained(attach(world.fresh(), None, live, Default(), seed=0), world.batch())
+
+
+def init(live: Any, world: World) -> Any:
+    model = attach(world.fresh(), None, Lora(rank=4), live, seed=0)
+    start = {name: one.detach().clone() for name, one in model.named_parameters() if one.requires_grad}
+    return {"start": start, "trained": trained(model, world.batch())}
+
+
+def base(live: Any, world: World) -> Any:
+    """What becomes of a model with an adapter."""
+    return sorted(name for name, _ in live(io.load_model(world.adapter)).named_parameters())
+
+
+def trained(model: Any, batch: Batch) -> Any:
+    """Two steps down the gradient, dropout drawn from one seed; what was trained, and what the model says then."""
+    held = {name: one for name, one in model.named_parameters() if one.requires_grad}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model.train()
+        for _ in range(2):
+            steps = torch.autograd.grad(Causal()(model, batch).mean, list(held.values()))
+            with torch.no_grad():
+                for one, step in zip(held.values(), steps):
+                    one -= 0.1 * step
+    with torch.no_grad():
+        return {"held": {name: list(one.shape) for name, one in held.items()}, "logits": model.eval()(**batch.inputs).logits}
+
+
+def tokenizer(live: Any, world: World) -> Any:
+    learnt = live(TEXTS)
+    return {"most": live.most(), "ids": learnt(TEXTS)["input_ids"], "back": learnt.decode(learnt(TEXTS[3])["input_ids"][1:])}
+
+
+def shape(live: Any, world: World) -> Any:
+    made = live(world.tokenizer, 3)
+    assert made.num_parameters() == live.count(len(world.tokenizer))
+    assert type(made).__name__ == live.architecture
+    config = {name: str(value) for name, value in made.config.to_dict().items()}
+    with torch.no_grad():
+        return {"config": config, "logits": made(world.batch().input_ids).logits}
+
+
+# ----------------------------------------------------------------------------------------------------- quantising
+
+
+def grid(live: Any, world: World) -> Any:
+    weight = drawn(6, 80)
+    fit = live.fit(*ranges(weight, live.group), torch.float32)
+    return {"label": live.label, "bits": live.bits, "values": live.values(live.codes(weight, **fit), **fit)}
+
+
+def layer(curved: bool = True) -> Layer:
+    """A weight with a few large entries, and inputs that depend on one another."""
+    inputs = drawn(200, 64, seed=1) @ drawn(64, 64, seed=2)
+    return Layer("tried", drawn(6, 64) ** 3, torch.float32, inputs.T @ inputs / 200 if curved else None)
+
+
+def ranging(live: Any, world: World) -> Any:
+    return live(layer(), Integer(bits=3))
+
+
+def solver(live: Any, world: World) -> Any:
+    return live(layer(), Integer(bits=3), MinMax())
+
+
+def error(live: Any, world: World) -> Any:
+    return live(drawn(20, 5))
+
+
+def calibrate(live: Any, world: World) -> Any:
+    """The windows one after the other: how many run at once does not show."""
+    return torch.cat([one["input_ids"] for one in live(world.given("text"), world.tokenizer, 96)])
+
+
+def store(live: Any, world: World) -> Any:
+    return run_engine(world, "quantize", Quantize(store=live.part), {"model": "model"})["weights"]
+
+
+# ------------------------------------------------------------------------------------------------------- aligning
+
+
+def likelihood(live: Any, world: World) -> Any:
+    mask = torch.arange(7) < torch.tensor([[3], [5], [7]])
+    return live(-drawn(3, 7).abs() * mask, mask)
+
+
+def preference(live: Any, world: World) -> Any:
+    """What a loss makes of four pairs."""
+    mask = torch.arange(7) < torch.tensor([[3], [5], [7], [4], [2], [6], [1], [7]])
+    return live(compare(-drawn(8, 7).abs() * mask, -drawn(8, 7, seed=1).abs() * mask, mask, lambda logprobs, _: logprobs.sum(-1)))
+
+
+def reference(live: Any, world: World) -> Any:
+    examples = encode(world.given("preference"), world.tokenizer, max_length=64)[:6]
+    live.prepare(world.fresh(), examples, "float32")
+    return live(world.batch("preference"))
+
+
+def reward(live: Any, world: World) -> Any:
+    return live({"prompt": "1 + 1 =", "completion": " 2"}, ["2", " 2 ", "3", ""])
+
+
+def responses(live: Any, world: World) -> Any:
+    """Pairs from rows of a shape that the part takes; the row's own answer is best, and of others the one with more letters."""
+
+    def judged(row: Any, texts: Any) -> list[float]:
+        return [1000.0 if text == row.get("completion") else len(text) + sum(map(ord, text)) / 1e6 for text in texts]
+
+    found = live(world.given(live.part.shapes[0]), "train", judged, 64)
+    return [[one.tokens.tolist(), one.supervised.tolist(), one.source, one.side] for one in found.examples]
+
+
+# ------------------------------------------------------------------------------------------------------ evaluating
+
+
+def metric(live: Any, world: World) -> Any:
+    spec = Evaluate(answer=2)
+    tables = live(Subject("base", world.fresh(), world.tokenizer, world.given("completion"), spec, world.context(), "0"))
+    estimates = {one.name: float(one.statistic(one.terms.sum(0))) for table in tables for one in table.estimates}
+    return {"estimates": estimates, "reliability": [table.reliability for table in tables]}
+
+
+def resample(live: Any, world: World) -> Any:
+    sums = numpy.stack([numpy.arange(12.0), numpy.ones(12)], axis=1)
+    return live(sums, lambda totals: totals[..., 0] / totals[..., 1])
+
+
+# ------------------------------------------------------------------------------------------------------------ data
+
+
+def source(live: Any, world: World) -> Any:
+    """The rows of both splits, and the digest, which must tell whatever changes them. Nothing is fetched."""
+    far = getattr(live.part, "path", "").startswith(HUB)
+    return {"rows": None if far else [live.load(split).rows for split in ("train", "test")], "digest": live.digest()}
+
+
+def task(live: Any, world: World) -> Any:
+    rng = random.Random(0)
+    rows = [live.example(rng) for _ in range(40)]
+    assert all(live.check(row["prompt"], row["completion"]) for row in rows)
+    return rows
+
+
+# ------------------------------------------------------------------------------------------------------ in general
+
+
+class Tried(parts.LiveSlot):
+    """A slot with one part in it. `part`: the part itself."""
+
+    def __init__(self, question: parts.Question, part: Any, world: World):
+        super().__init__("tried", part, question, world.context().at("tried"))
+        self.part = part

@@ -1,0 +1,349 @@
+"""The table: every part and every method of every engine, with what its settings change. Data alone; the checks are in test_conformance.
+
+A part's row gives for each setting a second value besides the default (or besides the one in `small`, which keeps an experiment
+small); the two must lead to different outcomes of the slot's experiment. What the part itself marks as `cost` must change nothing.
+An engine's row does the same for every field of its spec, in whole runs on a tiny model. A part, a setting, a field or a method
+without its place here is an error.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import experiments
+
+
+@dataclasses.dataclass(frozen=True)
+class Change:
+    """A setting's second value, where more is to be said than the value.
+
+    differs: which aspects of the outcome must differ; empty: nothing may, beyond rounding; None: what the slot or engine says. same:
+    which must be equal to the last bit. beside: further settings that both runs have, without which this one has no say. inputs: what
+    both runs are given in place of the engine's usual inputs.
+    """
+
+    value: Any
+    differs: tuple[str, ...] | None = None
+    same: tuple[str, ...] = ()
+    beside: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    inputs: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A part: setting -> its second value, and what holds in place of defaults."""
+
+    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    small: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Slot:
+    """A slot: its experiment, the aspects of an outcome that every change must show in (empty: any), and its parts."""
+
+    experiment: Callable[..., Any]
+    parts: Mapping[str, Row]
+    differs: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """A method: what it is run on where that is not the engine's usual, further settings, and whether chance has a part in it."""
+
+    random: bool = True
+    inputs: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    small: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Engine:
+    """An engine: its usual inputs, settings that keep a run small, its spec's fields, its methods.
+
+    differs: the aspects of a run in which every field must show. alone: slots that one part without settings answers, so that
+    nothing can be exchanged yet.
+    """
+
+    inputs: Mapping[str, str]
+    small: Mapping[str, Any]
+    fields: Mapping[str, Any]
+    methods: Mapping[str, Method]
+    differs: tuple[str, ...] = ("weights",)
+    alone: tuple[str, ...] = ()
+
+
+FIXED = Row()
+COMMIT = {"path": "hub:owner/name", "revision": "a" * 40}
+
+SLOTS: dict[str, Slot] = {
+    # ------------------------------------------------------------------------------------------------- training
+    "temper.train.schedules": Slot(
+        experiments.schedule,
+        {
+            "constant": Row({"warmup": 0.5}),
+            "linear": Row({"warmup": 0.5, "floor": 0.5}),
+            "cosine": Row({"warmup": 0.5, "floor": 0.5}),
+            "warmup-stable-decay": Row({"warmup": 0.5, "decay": 0.5, "floor": 0.5}),
+        },
+    ),
+    "temper.train.optimizers": Slot(
+        experiments.optimizer,
+        {
+            "adamw": Row({"lr": 0.1, "betas": [0.5, 0.9], "eps": 0.1, "weight_decay": 0.5}),
+            "sgd": Row({"lr": 0.1, "momentum": 0.5, "nesterov": True, "weight_decay": 0.5}),
+        },
+    ),
+    "temper.train.objectives": Slot(experiments.objective, {"causal": FIXED}),
+    "temper.tune.loss": Slot(experiments.objective, {"causal": FIXED}),
+    "temper.train.batching": Slot(
+        experiments.batching,
+        {
+            "padded": Row({"size": 3, "accumulate": 2}, {"size": 4}),
+            "bucketed": Row({"size": 6, "tokens": 60}, {"size": 5}),
+            "packed": Row({"length": 24, "size": 3, "accumulate": 2, "documents": "separate"}, {"length": 40, "size": 2}),
+        },
+    ),
+    # --------------------------------------------------------------------------------------------------- models
+    "temper.models.deltas.where": Slot(
+        experiments.where,
+        {
+            "all-linear": FIXED,
+            "attention": FIXED,
+            "mlp": FIXED,
+            "everything": FIXED,
+            "names": Row({"patterns": ["layers.*.v_proj", "up_proj"]}, {"patterns": ["q_proj"]}),
+        },
+    ),
+    "temper.models.deltas.delta": Slot(
+        experiments.delta,
+        {"full": FIXED, "lora": Row({"rank": 4, "alpha": 4.0, "dropout": 0.5, "rank_stabilized": True, "dora": True})},
+    ),
+    "temper.models.deltas.init": Slot(
+        experiments.init,
+        {"default": FIXED, "gaussian": FIXED, "olora": FIXED, "pissa": Row({"iterations": 1})},
+    ),
+    "temper.models.deltas.base": Slot(experiments.base, {"as-loaded": FIXED, "merged": FIXED}),
+    "temper.models.grids": Slot(
+        experiments.grid,
+        {"integer": Row({"bits": 3, "group": "none", "symmetric": False}), "nf4": Row({"group": 16})},
+    ),
+    # ---------------------------------------------------------------------------------------------------- tasks
+    "temper.tasks.source": Slot(
+        experiments.source,
+        {
+            "file": Row(
+                {
+                    "path": "other.jsonl",
+                    "test": "other.jsonl",
+                    "holdout": 0.5,
+                    "columns": Change({"text": "body"}, beside={"path": "other.jsonl"}),
+                    "split": Change("more", beside={"path": "splits"}),
+                    "name": Change("other", differs=("digest",), beside=COMMIT),
+                    "revision": Change("b" * 40, differs=("digest",), beside=COMMIT),
+                },
+                {"path": "text.jsonl", "holdout": 0.25},
+            ),
+            "library": Row({"limit": 200_000, "holdout": 0.5, "piece": 1000}, {"limit": 100_000, "holdout": 0.2}),
+            "task": Row(
+                {"task": "arithmetic", "count": 12, "test_count": 6, "seed": 1, "holdout": 0.4},
+                {"count": 10, "test_count": 5, "holdout": 0.2},
+            ),
+            "derive": Row(
+                {
+                    "task": "reverse-words",
+                    "source": {"file": {"path": "other.jsonl", "holdout": 0.25}},
+                    "count": 12,
+                    "test_count": 6,
+                    "vocabulary": 12,
+                    "seed": 1,
+                    "holdout": 0.4,
+                },
+                {"source": {"file": {"path": "text.jsonl", "holdout": 0.25}}, "count": 10, "test_count": 5, "holdout": 0.2},
+            ),
+        },
+        differs=("rows", "digest"),
+    ),
+    "temper.tasks.verifiable": Slot(
+        experiments.task,
+        {
+            "sort-letters": Row({"shortest": 2, "longest": 9, "alphabet": "xyz", "words": ["here", "there"]}),
+            "sort-words": Row({"shortest": 2, "longest": 6, "words": ["a", "b", "c", "d", "e", "f"]}, {"shortest": 3, "longest": 5}),
+            "sort-numbers": Row({"shortest": 2, "longest": 6, "digits": 3}),
+            "reverse-letters": Row({"shortest": 2, "longest": 9, "alphabet": "xyz", "words": ["here", "there"]}),
+            "reverse-words": Row({"shortest": 2, "longest": 6, "words": ["a", "b", "c", "d", "e", "f"]}, {"shortest": 3, "longest": 5}),
+            "arithmetic": Row({"digits": 3, "operation": "-", "working": True}),
+            "brackets": Row({"shortest": 2, "longest": 16, "kinds": 1, "depth": 2}),
+        },
+    ),
+    # ------------------------------------------------------------------------------------------------- pretrain
+    "temper.pretrain.tokenizer": Slot(
+        experiments.tokenizer,
+        {"byte-bpe": Row({"vocabulary": 280, "frequency": 30, "digits": False}, {"vocabulary": 320})},
+    ),
+    "temper.pretrain.shape": Slot(
+        experiments.shape,
+        {
+            "llama": Row(
+                {
+                    "hidden": 16,
+                    "layers": 2,
+                    "heads": 4,
+                    "kv_heads": 1,
+                    "feed_forward": 48,
+                    "tie": False,
+                    "positions": 64,
+                    "theta": 100.0,
+                    "deviation": 0.5,
+                },
+                {"hidden": 32, "layers": 1, "heads": 2},
+            )
+        },
+    ),
+    # ---------------------------------------------------------------------------------------------------- align
+    "temper.align.likelihood": Slot(experiments.likelihood, {"sum": FIXED, "mean": FIXED}),
+    "temper.align.loss": Slot(
+        experiments.preference,
+        {"dpo": Row({"beta": 1.0, "label_smoothing": 0.2, "weight": 0.5}), "sft": Row({"weight": 0.5})},
+    ),
+    "temper.align.reference": Slot(experiments.reference, {"start": FIXED}),
+    "temper.align.reward": Slot(experiments.reward, {"verifier": FIXED}),
+    "temper.align.source": Slot(
+        experiments.responses,
+        {
+            "given": FIXED,
+            "attempts": Row(
+                {
+                    "count": 6,
+                    "temperature": 0.5,
+                    "top_p": 0.5,
+                    "max_new_tokens": 3,
+                    "pairs_per_prompt": 2,
+                    "prompts": 2,
+                    "gold": True,
+                    "batch_size": 3,
+                },
+                {"count": 4, "max_new_tokens": 6, "prompts": 4},
+            ),
+        },
+    ),
+    # ------------------------------------------------------------------------------------------------- quantize
+    "temper.quantize.calibrate": Slot(
+        experiments.calibrate,
+        {"samples": Row({"count": 5, "length": 12, "batch": 3}, {"count": 4, "length": 16})},
+    ),
+    "temper.quantize.objective": Slot(experiments.error, {"weights": FIXED, "layer-output": FIXED}),
+    "temper.quantize.range": Slot(experiments.ranging, {"min-max": FIXED, "mse-search": Row({"steps": 7, "lowest": 0.9})}),
+    "temper.quantize.solver": Slot(
+        experiments.solver,
+        {"nearest": FIXED, "gptq": Row({"damping": 1.0, "order": "activation", "refit": False, "block": 5})},
+    ),
+    "temper.quantize.store": Slot(experiments.store, {"compressed-tensors": FIXED, "dequantised": FIXED}),
+    # ------------------------------------------------------------------------------------------------- evaluate
+    "temper.evaluate.metric": Slot(
+        experiments.metric,
+        {"perplexity": FIXED, "accuracy": FIXED, "calibration": Row({"of": "answers", "bins": 3})},
+    ),
+    "temper.evaluate.resample": Slot(experiments.resample, {"bootstrap": Row({"samples": 10, "level": 0.5})}),
+}
+
+NOTHING = ()
+LEARNING = {
+    "epochs": Change(2.0, beside={"updates": "none"}),
+    "updates": 3,
+    "tokens": Change(400, beside={"updates": "none"}),
+    "max_length": 12,
+    "clip": 0.01,
+    "precision": "bf16",
+    "evaluate_every": Change(1, differs=("curve",), same=("files", "figures"), beside={"evaluate_every": 2}),
+    "evaluate_rows": Change(2, differs=("curve", "figures"), same=("files",), beside={"evaluate_every": 1}),
+    "checkpoint_every": Change("none", NOTHING, same=("files", "curve")),
+    "keep": Change([1], differs=("files",), same=("figures", "curve")),
+    "optimizer": "sgd",
+    "schedule": "constant",
+}
+"""What every engine that trains has."""
+LEARN = {"updates": 2, "precision": "float32", "evaluate_every": "none", "checkpoint_every": 1, "batching": {"padded": {"size": 4}}}
+CHANGES = {
+    "where": "attention",
+    "delta": "full",
+    "init": "gaussian",
+    "base": Change("merged", inputs={"model": "adapter"}),
+}
+"""What every engine that trains a delta has."""
+SAMPLES = {"samples": {"count": 3, "length": 16}}
+CURVED = {"objective": "layer-output", "solver": "gptq", "calibrate": SAMPLES}
+ATTEMPTS = {"attempts": {"count": 4, "max_new_tokens": 4, "prompts": 6, "gold": True}}
+ASKED = {"data": "completion"}
+
+ENGINES: dict[str, Engine] = {
+    "pretrain": Engine(
+        inputs={"data": "text"},
+        small={
+            **LEARN,
+            "tokenizer": {"byte-bpe": {"vocabulary": 300}},
+            "shape": {"llama": {"hidden": 32, "layers": 1, "heads": 2, "feed_forward": 64, "positions": 96}},
+            "batching": {"packed": {"length": 32, "size": 4}},
+        },
+        fields={
+            **LEARNING,
+            "tokenizer": {"byte-bpe": {"digits": False}},
+            "shape": {"llama": {"layers": 2}},
+            "objective": "own.py:calm",
+            "batching": {"padded": {"size": 4}},
+            "dtype": "bfloat16",
+        },
+        methods={"causal": Method()},
+    ),
+    "tune": Engine(
+        inputs={"model": "model", "data": "completion"},
+        small=LEARN,
+        fields={**LEARNING, **CHANGES, "loss": "own.py:calm", "batching": {"packed": {"length": 32, "size": 4}}},
+        methods={name: Method() for name in ("full", "lora", "rslora", "dora", "olora", "pissa")},
+    ),
+    "align": Engine(
+        inputs={"model": "model", "data": "preference"},
+        small=LEARN,
+        fields={
+            **LEARNING,
+            **CHANGES,
+            "source": Change({"attempts": {**ATTEMPTS["attempts"], "count": 6}}, inputs=ASKED, beside={"source": ATTEMPTS}),
+            "reward": Change("own.py:shortest", inputs=ASKED, beside={"source": ATTEMPTS}),
+            "loss": ["dpo", "sft"],
+            "likelihood": "mean",
+            "batching": {"bucketed": {"size": 6}},
+        },
+        methods={"dpo": Method(), "length-normalized-dpo": Method(), "checked-dpo": Method(inputs=ASKED, small={"source": ATTEMPTS})},
+        alone=("reference",),
+    ),
+    "quantize": Engine(
+        inputs={"model": "model", "data": "text"},
+        small={},
+        fields={
+            "where": "attention",
+            "grid": {"integer": {"bits": 3}},
+            "range": "mse-search",
+            "objective": Change("layer-output", beside={"solver": "gptq", "calibrate": SAMPLES}),
+            "solver": Change("gptq", beside={"objective": "layer-output", "calibrate": SAMPLES}),
+            "calibrate": Change({"samples": {"count": 6}}, beside=CURVED),
+            "store": "dequantised",
+        },
+        methods={"rtn": Method(random=False), "gptq": Method(small={"calibrate": SAMPLES})},
+    ),
+    "evaluate": Engine(
+        inputs={"model": "model", "data": "completion"},
+        small={"split": "train", "answer": 2, "resample": {"bootstrap": {"samples": 40}}},
+        fields={
+            "metric": "accuracy",
+            "resample": "none",
+            "split": "test",
+            "limit": 4,
+            "length": 12,
+            "answer": Change(1, beside={"metric": "accuracy"}),
+            "batch": Change(40, NOTHING),
+            "precision": "bfloat16",
+        },
+        methods={name: Method() for name in ("perplexity", "accuracy", "calibration", "language", "answers")},
+        differs=("figures",),
+    ),
+}
