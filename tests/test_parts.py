@@ -253,9 +253,9 @@ def test_all_problems_are_told_at_once():
 
 
 def test_construction_in_python_is_as_strict():
-    with pytest.raises(ValueError, match="not answer|no part"):
+    with pytest.raises(ValueError, match=r"not answer|no part"):
         Toy(gate=other.Plain())
-    with pytest.raises(ValueError, match="whole number|integer"):
+    with pytest.raises(ValueError, match=r"whole number|integer"):
         NonRedundant(most=True)
     with pytest.raises(dataclasses.FrozenInstanceError):
         Reliable().margin = 3  # type: ignore[misc]

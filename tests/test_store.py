@@ -95,7 +95,7 @@ def test_find_by_key_by_step_and_by_recipe(tmp_path):
     store.seal(KEY, fill(store), record())
     store.save_run(store.run_id("first"), {"name": "first", "steps": [{"name": "tune", "key": KEY}]})
     assert store.find(KEY[:8]) == store.find("tune") == store.find("first/tune") == KEY
-    with pytest.raises(Problem, match="no artefact `tun`.*did you mean `tune`"):
+    with pytest.raises(Problem, match=r"no artefact `tun`.*did you mean `tune`"):
         store.find("tun")
     with pytest.raises(Problem, match="no artefact `second/tune`"):
         store.find("second/tune")

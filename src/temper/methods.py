@@ -6,7 +6,8 @@ import textwrap
 from typing import Any
 
 from temper import parts
-from temper.parts import describe, dump, mark_of
+from temper.parts import Problem, describe, dump, mark_of
+from temper.passport import UNKNOWN, Passport
 
 
 def summary(engine: str) -> str:
@@ -62,16 +63,29 @@ def page(engine: str, name: str) -> str:
 
 def ready(engine: str, name: str) -> str:
     """A recipe that runs one method."""
-    module = parts.engine(engine)
+    module, shapes = parts.engine(engine), _shapes(engine, name)
     lines = ["name: mine"]
     if "model" in module.INPUTS:
         lines.append("model: house:lm        # or a folder, or a Hugging Face name")
     if "data" in module.INPUTS:
-        kinds = module.INPUTS["data"].kinds
         lines.append(
-            "data: house:library    # or a file" if "text" in kinds else f"data: rows.jsonl       # rows of shape {' or '.join(kinds)}"
+            "data: house:library    # or a file" if "text" in shapes else f"data: rows.jsonl       # rows of shape {' or '.join(shapes)}"
         )
     return "\n".join([*lines, "steps:", f"  - {engine}: {{method: {name}, model: model, data: data}}"])
+
+
+def _shapes(engine: str, name: str) -> list[str]:
+    """The shapes of data that a method takes, with a plain model."""
+    module, spec, found = parts.engine(engine), parts.method(engine, name), []
+    model = Passport("model", base=UNKNOWN, tokenizer=UNKNOWN, template=UNKNOWN, numbers="float32")
+    inputs = {role: [model] if takes.many else model for role, takes in module.INPUTS.items() if not takes.is_data}
+    for shape in module.INPUTS["data"].kinds if "data" in module.INPUTS else ():
+        try:
+            module.passport(spec, {**inputs, "data": Passport(shape)})
+        except Problem:
+            continue
+        found.append(shape)
+    return found
 
 
 def all_methods(engine: str | None = None) -> dict[str, Any]:

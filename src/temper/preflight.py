@@ -91,10 +91,9 @@ def _step(step: Step, known: Mapping[int, _Known], store: Store, plan: Plan, sta
     models: list[_Known] = []
     rows: Any = None
     for role, takes in module.INPUTS.items():
-        value = step.inputs.get(role)
+        value: Any = step.inputs.get(role)
         if value is None:
             continue
-        several = value if isinstance(value, tuple) else (value,)
         if takes.is_data:
             try:
                 rows = value.load("train")
@@ -102,7 +101,10 @@ def _step(step: Step, known: Mapping[int, _Known], store: Store, plan: Plan, sta
                 raise problem.under(role) from problem
             parents[role] = _accepted(takes, role, Passport(rows.shape, origin=rows.name))
             continue
-        read = [known[one.index] if isinstance(one, FromStep) else _outside(one, store) for one in several]
+        read = [
+            known[one.index] if isinstance(one, FromStep) else _outside(one, store)
+            for one in (value if isinstance(value, tuple) else (value,))
+        ]
         for one in read:
             _accepted(takes, role, one.passport)
         parents[role] = [one.passport for one in read] if takes.many else read[0].passport

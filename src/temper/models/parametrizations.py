@@ -29,11 +29,15 @@ class _Constrained:
 
 
 class ConstrainedLinear(_Constrained, nn.Linear):
+    """A linear layer that computes with what its constraint makes of the weight."""
+
     def forward(self, input: Tensor) -> Tensor:
         return F.linear(input, self.constraint.effective(self.weight), self.bias)
 
 
 class ConstrainedEmbedding(_Constrained, nn.Embedding):
+    """An embedding that looks up what its constraint makes of the weight."""
+
     def forward(self, input: Tensor) -> Tensor:
         weight = self.constraint.effective(self.weight)
         return F.embedding(input, weight, self.padding_idx, self.max_norm, self.norm_type, self.scale_grad_by_freq, self.sparse)

@@ -127,8 +127,11 @@ def ablations(spec: Any) -> dict[str, Any]:
     return made
 
 
-def schema(cls: type, definitions: dict[str, Any]) -> dict[str, Any]:
-    """JSON Schema of a part or spec; slots go to `definitions`, keyed by their module, each written once."""
+def schema(cls: type, definitions: dict[str, Any], ramps: bool = False) -> dict[str, Any]:
+    """JSON Schema of a part or spec; slots go to `definitions`, keyed by their module, each written once.
+
+    ramps: whether numbers may move over a run.
+    """
     properties = {}
     required = []
     meanings = documented(cls)
@@ -140,6 +143,9 @@ def schema(cls: type, definitions: dict[str, Any]) -> dict[str, Any]:
             entry = adapter(cls, name).json_schema()
             for key, value in entry.pop("$defs", {}).items():
                 definitions[key] = value
+            if ramps and {"integer", "number"} & {arm.get("type") for arm in (entry, *entry.get("anyOf", ()))}:
+                definitions["ramp"] = _RAMP
+                entry = {"anyOf": [entry, {"$ref": "#/$defs/ramp"}]}
         if setting.default is dataclasses.MISSING:
             required.append(name)
         else:
@@ -153,6 +159,20 @@ def schema(cls: type, definitions: dict[str, Any]) -> dict[str, Any]:
     return {**made, "required": required} if required else made
 
 
+_RAMP = {
+    "type": "object",
+    "properties": {
+        "ramp": {"type": "array", "items": {"type": "number"}, "minItems": 2, "maxItems": 2},
+        "from": {"type": "number", "minimum": 0, "maximum": 1},
+        "until": {"type": "number", "minimum": 0, "maximum": 1},
+        "shape": {"enum": ["linear", "cosine", "exponential"]},
+    },
+    "required": ["ramp"],
+    "additionalProperties": False,
+    "description": "a number that moves over the run, from the first to the last",
+}
+
+
 def _slot_schema(question: Question, definitions: dict[str, Any]) -> dict[str, Any]:
     key = question.protocol.__module__
     reference = {"$ref": f"#/$defs/{key}"}
@@ -161,12 +181,13 @@ def _slot_schema(question: Question, definitions: dict[str, Any]) -> dict[str, A
     definitions[key] = {}  # parts may hold the same slot: mark it before descending
     parts = question.parts()
     names = {"enum": list(parts), "description": summary(question.protocol)}
+    moves = {name: question.phased and (not hasattr(cls, "start") or mark_of(cls).updates) for name, cls in parts.items()}
     settled = {
         "type": "object",
         "minProperties": 1,
         "maxProperties": 1,
         "additionalProperties": False,
-        "properties": {name: {"anyOf": [schema(cls, definitions), {"type": "null"}]} for name, cls in parts.items()},
+        "properties": {name: {"anyOf": [schema(cls, definitions, moves[name]), {"type": "null"}]} for name, cls in parts.items()},
     }
     one = [names, settled, {"type": "string", "pattern": r"\.py:\w+$"}]
     choices = list(one)

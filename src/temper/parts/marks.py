@@ -85,6 +85,7 @@ class Spec:
 
 
 def is_part(thing: Any) -> bool:
+    """Whether a thing is a part: an instance of a class marked `@part`, not the class."""
     return isinstance(getattr(type(thing), "__part__", None), Mark)
 
 

@@ -24,6 +24,7 @@ T = TypeVar("T")
 
 @functools.lru_cache(maxsize=1024)
 def adapter(cls: type, name: str) -> TypeAdapter[Any]:
+    """What validates one setting of a part or spec class, as strictly as construction does."""
     return TypeAdapter(settings(cls)[name].type, config=STRICT)
 
 

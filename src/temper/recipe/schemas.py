@@ -7,6 +7,8 @@ from typing import Any
 
 from temper import parts
 
+_DATA = {"anyOf": [{"type": ["string", "object"]}, {"type": "array", "items": {"type": ["string", "object"]}, "minItems": 1}]}
+
 
 def schema() -> dict[str, Any]:
     """JSON Schema of a recipe, for editors: `# yaml-language-server: $schema=temper.schema.json`."""
@@ -19,12 +21,15 @@ def schema() -> dict[str, Any]:
         methods = list(parts.methods(name))
         model = {"type": "string", "description": "a step, tune@500, last, model, a folder, a hub name, or house:lm"}
         for role, takes in module.INPUTS.items():
-            one: dict[str, Any] = {"type": ["string", "object"]} if takes.is_data else model
+            one: dict[str, Any] = _DATA if takes.is_data else model
             entry = {"anyOf": [one, {"type": "array", "items": one}]} if takes.many else dict(one)
             made["properties"][role] = {**entry, "description": takes.about or one.get("description", "")}
         made["properties"]["name"] = {"type": "string"}
         made["properties"]["seed"] = {"type": "integer", "minimum": 0}
         made["properties"]["method"] = {"enum": methods}
+        made["properties"]["about"] = {"type": "string", "description": "a sentence for the report"}
+        figures = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}
+        made["properties"]["aim"] = {**figures, "description": "the figures that the step is meant to better"}
         definitions[f"engine.{name}"] = made
         settled = {"anyOf": [{"$ref": f"#/$defs/engine.{name}"}, {"type": "null"}]}
         variants.append({"type": "object", "properties": {name: settled}, "required": [name], "additionalProperties": False})
@@ -34,6 +39,8 @@ def schema() -> dict[str, Any]:
     for block, made in (("repeat", repeat), ("each", each)):
         made.update(additionalProperties=False, required=["times" if block == "repeat" else "over", "steps"])
         variants.append({"type": "object", "properties": {block: made}, "required": [block], "additionalProperties": False})
+    _variables(definitions)
+    definitions["variable"] = {"type": "string", "pattern": r"^\$\{[\w.:-]+\}$", "description": "the value of a variable"}
     definitions["step"] = {"anyOf": [{"enum": parts.engines()}, *variants]}
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
@@ -45,7 +52,7 @@ def schema() -> dict[str, Any]:
             "name": {"type": "string", "description": "what the run and its folder are called"},
             "about": {"type": "string", "description": "a sentence for the report"},
             "model": {"type": "string", "description": "new, a folder, a hub name, or house:lm"},
-            "data": {"type": ["string", "object"], "description": "a file, a folder, a hub name, house:library, or a source with settings"},
+            "data": {**_DATA, "description": "a file, a folder, a hub name, house:library, or a source with settings"},
             "seed": {"type": "integer", "minimum": 0},
             "use": {"type": "array", "items": {"type": "string"}, "description": "Python files with parts of your own"},
             "env": {"type": "array", "items": {"type": "string"}, "description": "environment variables that ${env:NAME} may read"},
@@ -56,5 +63,19 @@ def schema() -> dict[str, Any]:
     }
 
 
+def _variables(node: Any) -> None:
+    """Wherever a setting may stand, `${name}` may stand in its place."""
+    if isinstance(node, dict):
+        for value in node.values():
+            _variables(value)
+        for name, entry in node.get("properties", {}).items() if node.get("type") == "object" else ():
+            told = {key: entry[key] for key in ("description", "default") if key in entry}
+            node["properties"][name] = {"anyOf": [entry, {"$ref": "#/$defs/variable"}], **told}
+    elif isinstance(node, list):
+        for value in node:
+            _variables(value)
+
+
 def schema_text() -> str:
+    """The schema as an editor reads it from a file."""
     return json.dumps(schema(), indent=1) + "\n"

@@ -50,6 +50,7 @@ def heads(*columns: tuple[str, str | None, bool]) -> Html:
 
 
 def table(head: Html, rows: Sequence[Html], caption: str) -> Html:
+    """A table that scrolls sideways where the page is narrow; `caption` names it for those who hear the page."""
     return tag(
         "div", tag("table", head, tag("tbody", rows), aria_label=caption), class_="wide", tabindex="0", role="region", aria_label=caption
     )

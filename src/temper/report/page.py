@@ -81,6 +81,7 @@ def sentence(run: RunReport, rows: Sequence[Row]) -> str:
 
 
 def header(run: RunReport, rows: Sequence[Row]) -> Html:
+    """The page's top: what was run, and the few numbers that sum it up."""
     kept = sum(step.status == "from the store" for step in run.steps)
     peak = max((step for step in run.steps if step.peak_memory), key=lambda step: step.peak_memory or 0, default=None)
     final = rows[-1].step if rows else None

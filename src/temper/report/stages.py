@@ -20,6 +20,7 @@ SIZE = "size"
 
 
 def label(name: str) -> str:
+    """A figure's name as the page writes it."""
     return "size on disk" if name == SIZE else prose(name)
 
 
@@ -177,6 +178,7 @@ def _cell(name: str, row: Row) -> Html:
 
 
 def figure_table(rows: Sequence[Row], what: str) -> Html | None:
+    """Every figure of every stage in one table; None where nothing was measured."""
     names = _names(rows)
     if not names:
         return None

@@ -38,6 +38,7 @@ def _by_step(curve: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def training(steps: Sequence[StepReport]) -> Html | None:
+    """The loss curves of the steps that trained; None where none did."""
     drawn = []
     for step in steps:
         series = _losses(step.curve)
@@ -86,6 +87,7 @@ def _sampled(curve: Sequence[dict[str, Any]], most: int = 12) -> Html:
 
 
 def costs(steps: Sequence[StepReport], tints: dict[str, str]) -> Html:
+    """What each step took and left: time, memory, disk, parameters."""
     columns = {
         "Time": (lambda step: step.seconds, duration),
         "Peak memory": (lambda step: step.peak_memory, size),
@@ -150,6 +152,7 @@ def _brief(identity: str) -> str:
 
 
 def choices(run: RunReport) -> Html | None:
+    """What was chosen automatically, and why; None where nothing was."""
     made = [(step.name, name, choice) for step in run.steps for name, choice in step.decisions.items()]
     rows = [
         (tag("dt", tag("b", step), f" {prose(name)}: ", tag("b", plainly(choice.value))), tag("dd", choice.reason))

@@ -85,6 +85,7 @@ def prose(name: str) -> str:
 
 
 def interval(figure: Figure) -> str | None:
+    """An interval's ends in words, the unit once where both share it; None without an interval."""
     if figure.low is None or figure.high is None:
         return None
     low, high = measure(figure.low, figure.unit), measure(figure.high, figure.unit)
@@ -95,10 +96,12 @@ def interval(figure: Figure) -> str | None:
 
 
 def joined(words: Iterable[str | None]) -> str:
+    """Facts side by side with dots between; what is None or empty is left out."""
     return "\u00a0· ".join(word for word in words if word)  # the dot stays with what it follows
 
 
 def method(step: StepReport) -> str:
+    """A step's engine and method."""
     return joined((step.engine, step.method))
 
 
@@ -121,13 +124,16 @@ def examples(figure: Figure) -> str | None:
 
 
 def evidence(figure: Figure) -> str:
+    """What a figure rests on: its interval and the examples behind it."""
     ends = interval(figure)
     return joined((f"interval {ends}" if ends else None, examples(figure)))
 
 
 def direction(figure: Figure) -> str | None:
+    """Which way is better, where one is."""
     return f"{figure.better} is better" if figure.better else None
 
 
 def said(figure: Figure) -> str:
+    """A figure in a line: value, interval, examples, which way is better."""
     return joined((measure(figure.value, figure.unit), interval(figure), examples(figure), direction(figure)))

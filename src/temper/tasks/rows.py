@@ -107,6 +107,7 @@ def _wrong(shape: Shape, column: str, row: Mapping[str, Any]) -> str:
 
 
 def listed(columns: Iterable[str]) -> str:
+    """Columns in words, for messages."""
     listed = ", ".join(f"`{column}`" for column in columns)
     return f"the columns {listed}" if listed else "no columns"
 
