@@ -127,7 +127,9 @@ def _run(plan: Any, out: Path, store_at: Path | None, as_json: bool) -> None:
             }
         )
         return
-    _table(*_figures_table(result))
+    headings, rows = _figures_table(result)
+    if rows:
+        _table(headings, rows)
     for name, folder in result.folders.items():
         print(f"  {name:<16} {folder}")
     print(f"  {'report':<16} {result.report}")
@@ -138,21 +140,27 @@ def _run(plan: Any, out: Path, store_at: Path | None, as_json: bool) -> None:
 
 
 def _figures_table(result: Any) -> tuple[list[str], list[list[str]]]:
-    """Stages in rows, figures in columns."""
-    stages: dict[str, dict[str, str]] = {}
+    """Stages in rows; in columns the figures that the steps aim at, else the first of each evaluation. The report has all."""
+    stages: dict[str, dict[str, Any]] = {}
+    first: dict[str, str] = {}
     for made in result.made.values():
-        for name, figure in made.artefact.figures.items():
-            stage, _, metric = name.rpartition(".")
-            if made.artefact.passport.kind == "figures" and stage:
-                low_high = f" [{figure.low:.3g}, {figure.high:.3g}]" if figure.low is not None and figure.high is not None else ""
-                stages.setdefault(stage, {})[f"{made.step.name} {metric}"] = f"{figure.value:.4g}{low_high}"
-    columns = list(dict.fromkeys(column for row in stages.values() for column in row))
+        if made.artefact.passport.kind == "figures":
+            for name, figure in made.artefact.figures.items():
+                stage, _, metric = name.rpartition(".")
+                stages.setdefault(stage, {})[f"{made.step.name} {metric}"] = figure
+                first.setdefault(made.step.name, f"{made.step.name} {metric}")
+    aims = {aim for step in result.plan.steps for aim in step.aim}
+    columns = list(dict.fromkeys(column for row in stages.values() for column in row if column in aims)) or list(first.values())
     sizes = {n: sum(f["bytes"] for k, f in made.record["files"].items() if k.startswith("model/")) for n, made in result.made.items()}
-    rows = [
-        [name, f"{sizes[name] / 1e6:.2f} MB" if name in sizes else "", *(row.get(column, "") for column in columns)]
-        for name, row in stages.items()
-    ]
-    return ["stage", "size", *columns], rows
+    rows = []
+    for name, row in stages.items():
+        cells = [f"{row[column].value:.4g}{_interval(row[column])}" if column in row else "" for column in columns]
+        rows.append([name, f"{sizes[name] / 1e6:.2f} MB" if name in sizes else "", *cells])
+    return ["stage", "size on disk", *columns], rows
+
+
+def _interval(figure: Any) -> str:
+    return f" [{figure.low:.3g}, {figure.high:.3g}]" if figure.low is not None and figure.high is not None else ""
 
 
 @app.command()
