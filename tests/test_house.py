@@ -39,7 +39,8 @@ LAYERS = (
     ("models",),
     ("tasks", "train"),
     tuple(ENGINES),
-    ("methods", "papers", "preflight", "preview", "progress", "recipe", "report", "run"),
+    ("machine", "methods", "papers", "progress", "recipe", "report"),
+    ("explaining", "preflight", "preview", "reporting", "run"),
     ("cli",),
     ("__main__",),
 )

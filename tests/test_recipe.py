@@ -160,3 +160,15 @@ def test_the_schema_knows_every_engine_and_its_methods():
         known = made["$defs"][f"engine.{engine}"]["properties"]
         assert set(known["method"]["anyOf"][0]["enum"]) == set(parts.methods(engine))
         assert set(parts.engine(engine).INPUTS) <= set(known)
+
+
+def test_a_users_source_is_found_through_use(folder):
+    (folder / "mine.py").write_text(
+        "from temper.parts import part\nfrom temper.tasks.rows import Rows\nfrom temper.tasks.source import Source\n\n\n"
+        "@part\nclass Twice(Source):\n    '''The same row twice.'''\n    text: str = 'a'\n\n"
+        "    def load(self, split):\n        return Rows('text', [{'text': self.text}] * 2, 'twice', 'here')\n\n"
+        "    def digest(self):\n        return self.text\n"
+    )
+    found = read("use: [mine.py]\nmodel: tiny\ndata: {twice: {text: b}}\nsteps:\n  - tune\n", "r.yaml", folder).steps
+    assert found[0].inputs["data"].load("train").rows == [{"text": "b"}] * 2
+    assert [file.name for file in found[0].files] == ["mine.py"]

@@ -14,9 +14,10 @@ from pathlib import Path
 import pytest
 
 import temper
+from temper.explaining import why
 from temper.parts import Problem
 from temper.recipe import read
-from temper.run import Failed, run, why
+from temper.run import Failed, run
 from temper.store import Store
 
 RECIPE = """
@@ -224,3 +225,16 @@ def test_one_step_from_python(folder, tiny):
     assert "lineage" in (folder / "mine" / "README.md").read_text().lower()
     with pytest.raises(Problem, match="did you mean `updates`"):
         temper.tune(tiny, folder / "rows.jsonl", update=2, store=Store(folder / "store"))
+
+
+def test_a_choice_by_measurement_is_made_once_a_machine(tmp_path):
+    from temper.context import Context
+
+    machine = tmp_path / "machine.json"
+    first, second, third = (Context.scratch(tmp_path / name) for name in ("a", "b", "c"))
+    first.machine = second.machine = third.machine = machine
+    assert first.decide("precision", lambda: ("bf16", "1.21 times"), "512 x 192") == "bf16"
+    assert second.decide("precision", lambda: ("float32", "1.19 times"), "512 x 192") == "bf16"
+    assert second.decisions() == first.decisions()
+    assert third.decide("precision", lambda: ("float32", "0.6 times"), "32 x 64") == "float32"
+    assert first.decide("precision", lambda: ("float32", "never asked again"), "32 x 64") == "bf16"

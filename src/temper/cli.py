@@ -97,8 +97,9 @@ def _table(headings: list[str], rows: list[list[str]], title: str | None = None)
 
 def _run(plan: Any, out: Path, store_at: Path | None, as_json: bool) -> None:
     from temper import preflight
+    from temper.explaining import why
     from temper.progress import Display
-    from temper.run import run, why
+    from temper.run import run
 
     store = _store(store_at)
     cached = all(reason.state == "from the store" for reason in why(plan, store))
@@ -217,8 +218,8 @@ def why(
     as_json: Json = False,
 ) -> None:
     """Says why a step would run again, or would not."""
+    from temper.explaining import why as explain
     from temper.recipe import load
-    from temper.run import why as explain
 
     found = explain(load(recipe or Path("quickstart"), sets or ()), _store(store), step)
     if as_json:

@@ -19,7 +19,7 @@ from temper.lazy import torch
 from temper.parts import Live, Problem, nearest
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Sequence
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +91,7 @@ class Context:
     """One step's surroundings.
 
     step: its name. seed: of all its streams. work: scratch that survives a crash. out: to be filled with the
-    artefact's files. slot: whose stream `stream()` gives.
+    artefact's files. slot: whose stream `stream()` gives. machine: where choices by measurement are remembered for all runs.
     """
 
     step: str
@@ -101,6 +101,7 @@ class Context:
     device: str = "cpu"
     show: Callable[[Track], None] = silent
     slot: str = ""
+    machine: Path | None = None
     gifts: dict[str, Any] = dataclasses.field(default_factory=dict)
     notes: list[str] = dataclasses.field(default_factory=list)
 
@@ -182,12 +183,22 @@ class Context:
 
     # ---------------------------------------------------------------------------------------------- choices
 
-    def decide(self, name: str, choose: Callable[[], tuple[Any, str]]) -> Any:
-        """An automatic choice: made once, recorded with its reason, reused on resume. The value must be JSON."""
+    def decide(self, name: str, choose: Callable[[], tuple[Any, str]], subject: str = "") -> Any:
+        """An automatic choice: made once, recorded with its reason, reused on resume. The value must be JSON.
+
+        subject: what a measurement was made of, such as a layer's size. A choice with a subject is remembered for this machine,
+        so that two runs of one step do not differ by the noise of a measurement.
+        """
         made = self.decisions()
         if name not in made:
-            value, reason = choose()
-            made[name] = {"value": value, "reason": reason}
+            known = json.loads(self.machine.read_text(encoding="utf8")) if subject and self.machine and self.machine.exists() else {}
+            entry = known.get(f"{name}: {subject}")
+            if entry is None:
+                value, reason = choose()
+                entry = {"value": value, "reason": reason}
+                if subject and self.machine:
+                    write(self.machine, json.dumps({**known, f"{name}: {subject}": entry}, indent=1))
+            made[name] = entry
             write(self.work / "decisions.json", json.dumps(made, indent=1))
         return made[name]["value"]
 
@@ -207,9 +218,10 @@ def write(path: Path, content: str | bytes) -> None:
     beside.replace(path)
 
 
-def gone(folders: Iterable[Path]) -> None:
-    """Removes folders that may be there."""
-    import shutil
-
-    for folder in folders:
-        shutil.rmtree(folder, ignore_errors=True)
+def sync(path: Path) -> None:
+    """Asks the disk to hold what was written to a file, or renamed into a folder."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

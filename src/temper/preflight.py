@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from temper import parts
+from temper.explaining import why
 from temper.parts import Problem, collect
 from temper.passport import Artefact, Input, Passport
 from temper.recipe import FromStep, Outside, Plan, Step
-from temper.run import outside, why
+from temper.run import outside
 from temper.store import Store
 
 SAMPLE = 64

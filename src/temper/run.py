@@ -9,9 +9,6 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import json
-import os
-import platform
-import resource
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -20,8 +17,9 @@ from typing import Any
 
 from temper import keys, parts
 from temper.context import Context, Track, silent, write
+from temper.machine import clock, device, machine, peak_memory, reset_peak
 from temper.parts import Problem, nearest
-from temper.passport import Artefact, Figure, Inputs, Output, Passport
+from temper.passport import Artefact, Inputs, Output, Passport
 from temper.recipe import FromStep, Outside, Plan, Step, plan
 from temper.store import RECORD, Damaged, Store
 
@@ -122,8 +120,12 @@ def run(
         result.seconds = log["seconds"] = time.monotonic() - started
         store.save_run(result.run, log)
     if out is not None:
+        from temper import report
+        from temper.reporting import report_input
+
         result.folders = _export(result, Path(out), store)
-        result.report = _report(result, Path(out), store)
+        result.report = Path(out) / "report.html"
+        report.write(report_input(result), result.report)
     return result
 
 
@@ -248,29 +250,22 @@ def ingredients(step: Step, inputs: Inputs) -> dict[str, Any]:
     return keys.ingredients(step.name, step.engine, step.spec, found, step.seed, step.files, device())
 
 
-def device() -> str:
-    """`cuda` where torch would find a GPU. Asked of the system, not of torch: a key must not import it."""
-    if os.environ.get("TEMPER_DEVICE"):
-        return os.environ["TEMPER_DEVICE"]
-    hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "0") in ("", "-1")
-    return "cuda" if Path("/proc/driver/nvidia/version").exists() and not hidden and keys.cuda_build() else "cpu"
-
-
 # -------------------------------------------------------------------------------------------------------- making
 
 
 def _make(step: Step, inputs: Inputs, wanted: Mapping[str, Any], key: str, store: Store, show: Any, say: Any) -> Made:
-    made = _stored(step, key, store, say)
+    made = stored(step, key, store, say)
     if made is not None:
         return made
     with store.lock(key, waiting=lambda: say(f"{step.name}: another run is making it; waiting")):
-        made = _stored(step, key, store, say)
+        made = stored(step, key, store, say)
         if made is not None:
             return made
         return _work(step, inputs, wanted, key, store, show, say)
 
 
-def _stored(step: Step, key: str, store: Store, say: Any) -> Made | None:
+def stored(step: Step, key: str, store: Store, say: Any) -> Made | None:
+    """What the store has for a key. A damaged artefact is set aside, and said to be."""
     if not store.has(key):
         return None
     try:
@@ -291,21 +286,21 @@ def _work(step: Step, inputs: Inputs, wanted: Mapping[str, Any], key: str, store
     out.mkdir(parents=True)
     scratch.mkdir(exist_ok=True)
     write(work / "ingredients.json", json.dumps(wanted, indent=1))
-    context = Context(step.name, step.seed, scratch, out, device(), show)
+    context = Context(step.name, step.seed, scratch, out, device(), show, machine=store.root / "machine.json")
     if resumed:
         say(f"{step.name}: goes on from where an earlier run stopped")
     predicted = module.passport(step.spec, passports(inputs))
-    before, reset = _clock(scratch), reset_peak()
+    before, reset = clock(scratch), reset_peak()
     began = time.monotonic()
     try:
         output: Output = module.run(step.spec, inputs, context)
     except Problem:
         raise
     except (KeyboardInterrupt, SystemExit):
-        _clock(scratch, before + time.monotonic() - began)
+        clock(scratch, before + time.monotonic() - began)
         raise
     except Exception as error:
-        _clock(scratch, before + time.monotonic() - began)
+        clock(scratch, before + time.monotonic() - began)
         raise Failed(f"step `{step.name}` failed: {type(error).__name__}: {error}") from error
     seconds = before + time.monotonic() - began
     record = out / RECORD
@@ -383,99 +378,6 @@ def complete(passport: Passport, out: Path, key: str, inputs: Inputs, base: Arte
     return dataclasses.replace(passport, **found)
 
 
-# ---------------------------------------------------------------------------------------------------- explaining
-
-
-@dataclasses.dataclass(frozen=True)
-class Reason:
-    """Why a step would run, or not."""
-
-    step: str
-    state: str
-    because: list[str]
-
-
-def why(plan: Plan, store: Store, name: str | None = None) -> list[Reason]:
-    """For each step (or one): whether the store has it, else what changed since it was last made."""
-    if name is not None:
-        plan.step(name)
-    by_index: dict[int, Made] = {}
-    found = []
-    for index, step in enumerate(plan.steps):
-        missing = [plan.steps[one.index].name for one in step.given if one.index not in by_index]
-        if missing:
-            found.append(Reason(step.name, "will run", [f"its input `{one}` is made anew" for one in missing]))
-            continue
-        try:
-            wanted = ingredients(step, gather(step, by_index, store))
-        except Problem as problem:
-            raise plan.locate(problem, step) from problem
-        key = keys.key(wanted)
-        made = _stored(step, key, store, lambda text: None)
-        if made is not None:
-            by_index[index] = made
-            when = made.record["created"]
-            found.append(Reason(step.name, "from the store", [f"nothing changed since it was made ({when}, {key[:12]})"]))
-            continue
-        old = _latest(store, plan.name, step.name)
-        if (store.work(key) / "scratch").is_dir():
-            found.append(Reason(step.name, "will go on", ["an earlier run was interrupted; it goes on from its last checkpoint"]))
-        elif old is None:
-            found.append(Reason(step.name, "will run", ["it was never made"]))
-        else:
-            found.append(Reason(step.name, "will run", keys.difference(old["ingredients"], wanted)))
-    return [one for one in found if name is None or parts.plain(one.step) == parts.plain(name)]
-
-
-def _latest(store: Store, recipe: str, step: str) -> Mapping[str, Any] | None:
-    for past in reversed(store.runs()):
-        for made in past["steps"]:
-            if past["name"] == recipe and made["name"] == step and store.has(made["key"]):
-                return store.record(made["key"])
-    return None
-
-
-# ------------------------------------------------------------------------------------------------------- machine
-
-
-def machine() -> dict[str, Any]:
-    """The machine by its processor's flags, cores and memory. No host name."""
-    flags: set[str] = set()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        line = next((one for one in info.read_text().splitlines() if one.startswith(("flags", "Features"))), "")
-        flags = {one for one in line.split() if one.startswith(("avx", "amx", "asimd", "sve", "bf16"))}
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return {"system": platform.system(), "processor": platform.machine(), "cores": os.cpu_count(), "memory": memory, "flags": sorted(flags)}
-
-
-def reset_peak() -> bool:
-    """Starts the count of peak memory afresh where the system can (Linux)."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return False
-    return True
-
-
-def peak_memory() -> int:
-    """Greatest resident memory of this process since `reset_peak`, bytes."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        line = next(one for one in status.read_text().splitlines() if one.startswith("VmHWM"))
-        return int(line.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-
-def _clock(scratch: Path, seconds: float | None = None) -> float:
-    """Seconds that interrupted tries of a step took, kept beside its checkpoints."""
-    file = scratch / "seconds"
-    if seconds is not None:
-        write(file, f"{seconds:.3f}")
-        return seconds
-    return float(file.read_text()) if file.exists() else 0.0
-
-
 # -------------------------------------------------------------------------------------------------------- export
 
 
@@ -494,89 +396,3 @@ def _export(result: Result, out: Path, store: Store) -> dict[str, Path]:
         case names:
             chosen = [name for name in models if name in names]
     return {name: export(result[name], out / name, store) for name in chosen}
-
-
-# -------------------------------------------------------------------------------------------------------- report
-
-
-def _report(result: Result, out: Path, store: Store) -> Path:
-    from temper import report
-
-    path = out / "report.html"
-    report.write(report_input(result, store), path)
-    return path
-
-
-def report_input(result: Result, store: Store) -> Any:
-    """What `report.write` takes, from a run."""
-    from temper import report
-
-    by_key = {made.artefact.id: name for name, made in result.made.items()}
-    steps = []
-    for name, made in result.made.items():
-        record, passport = made.record, made.artefact.passport
-        files = record["files"]
-        curve_file = made.artefact.path / RECORD / "curve.jsonl"
-        rows = [json.loads(line) for line in curve_file.read_text().splitlines()] if curve_file.exists() else []
-        content = {file: one for file, one in files.items() if file.startswith("model/")} or files
-        settings = {k: v for k, v in parts.dump(made.step.spec).items() if k not in parts.slots(made.step.spec) and k != "paper"}
-        steps.append(
-            report.StepReport(
-                name=name,
-                engine=made.step.engine,
-                status="made" if made.status == "made" else "from the store",
-                seconds=record["seconds"],
-                method=made.step.method,
-                paper=made.step.spec.paper,
-                kind=passport.kind,
-                artefact=made.artefact.id,
-                parents={role: by_key.get(parent.partition("@")[0], parent[:12]) for role, parent in passport.parents.items()},
-                peak_memory=record["peak_memory"],
-                bytes=sum(one["bytes"] for one in content.values()),
-                parameters=passport.parameters,
-                numbers=passport.numbers or "",
-                passport=passport.dump(),
-                spec=parts.describe(made.step.spec, getattr(parts.engine(made.step.engine), "PROVIDES", ())),
-                settings=settings,
-                curve=rows,
-                figures=dict(made.artefact.figures),
-                notes=list(record["notes"]),
-                decisions={k: report.Decision(v["value"], v["reason"]) for k, v in record["decisions"].items()},
-            )
-        )
-    return report.RunReport(
-        name=result.plan.name,
-        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        seed=result.plan.seed,
-        recipe=result.plan.text,
-        steps=steps,
-        stages=_stages(result),
-        about=result.plan.about,
-        rerun=f"temper run {result.plan.place.file}",
-        seconds=result.seconds,
-        machine=machine(),
-        versions=dict(keys.versions()),
-    )
-
-
-def _stages(result: Result) -> list[Any]:
-    """The models that were evaluated, in order, with all figures that evaluation steps gave of them."""
-    from temper import report
-
-    found: dict[str, dict[str, Figure]] = {}
-    for made in result.made.values():
-        if made.artefact.passport.kind != "figures":
-            continue
-        label = made.step.name
-        for name, figure in made.artefact.figures.items():
-            stage, _, metric = name.rpartition(".")
-            if stage in result.made:
-                found.setdefault(stage, {})[f"{label} {metric}"] = figure
-    stages = []
-    for name, made in result.made.items():
-        if name in found:
-            stages.append(report.StageReport(step=name, figures=found[name], purpose=made.step.about, aim=list(made.step.aim)))
-    return stages
-
-
-__all__ = ["Failed", "Made", "Reason", "Result", "gather", "machine", "run", "why"]

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from temper.context import write
+from temper.context import sync, write
 from temper.parts import Problem, nearest
 from temper.passport import Artefact, Figure, Passport
 
@@ -99,8 +99,7 @@ class Store:
         files = {}
         for path in sorted(one for one in out.rglob("*") if one.is_file()):
             name = path.relative_to(out).as_posix()
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
+            sync(path)
             files[name] = {"bytes": path.stat().st_size, "sha256": digest_file(path)}
         content = digest({name: one["sha256"] for name, one in files.items() if not name.startswith(RECORD + "/")})
         held: dict[str, Any] = {}
@@ -116,7 +115,7 @@ class Store:
         target = self.folder(key)
         target.parent.mkdir(parents=True, exist_ok=True)
         out.rename(target)
-        _sync(target.parent)
+        sync(target.parent)
         self._check(key, whole, reread=False)
         return self.get(key)
 
@@ -289,11 +288,3 @@ class Store:
                 folder.rename(beside)
                 shutil.rmtree(beside)
         return going, freed
-
-
-def _sync(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

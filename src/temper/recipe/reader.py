@@ -26,7 +26,6 @@ class Reader(References):
     """Reads a recipe; what is wrong is gathered, so that all of it is told at once."""
 
     problems: list[Problem] = dataclasses.field(default_factory=list)
-    scope: Scope = dataclasses.field(default_factory=Scope)
     taken: dict[tuple[str, str], tuple[str | int, ...]] = dataclasses.field(default_factory=dict)
 
     def read(self) -> Plan:

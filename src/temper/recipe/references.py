@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from temper import parts
-from temper.parts import Problem, collect, nearest, plain, shown
+from temper.parts import Problem, Scope, collect, nearest, plain, shown
 from temper.passport import Input
 from temper.recipe.editing import substituted
 from temper.recipe.places import Follows, Place
@@ -34,6 +34,7 @@ class References:
     modules: dict[str, Any] = dataclasses.field(default_factory=dict)
     names: dict[str, Any] = dataclasses.field(default_factory=dict)
     troubled: list[str] = dataclasses.field(default_factory=list)
+    scope: Scope = dataclasses.field(default_factory=Scope)
 
     def input(self, role: str, takes: Input, body: Mapping[str, Any], branch: str, engine: str, names: Mapping[str, Any]) -> Any:
         given = body.get(role)
@@ -86,7 +87,7 @@ class References:
                 if takes.optional:
                     return None
                 raise Problem("the recipe has no `data:` of its own; add one, or name a file here")
-            return self._own("data", names, lambda value: source(value, self.folder))
+            return self._own("data", names, lambda value: source(value, self.folder, self.scope))
 
         def own(value: Any) -> Any:
             """`data` stands for the recipe's own also inside a source that reads another."""
@@ -96,7 +97,7 @@ class References:
                 }
             return value
 
-        return source(own(given), self.folder)
+        return source(own(given), self.folder, self.scope)
 
     def _models(self, word: Any, branch: str, takes: Input, engine: str, names: Mapping[str, Any]) -> list[Any]:
         if not isinstance(word, str):

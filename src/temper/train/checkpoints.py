@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from temper.context import sync
 from temper.lazy import safetensors_torch, torch
 from temper.store import digest_file
 
@@ -71,10 +71,10 @@ def whole(folder: Path) -> Iterator[Path]:
     beside.mkdir(parents=True)
     yield beside
     for path in [*beside.rglob("*"), beside]:
-        _sync(path)
+        sync(path)
     _remove(folder)
     beside.rename(folder)
-    _sync(folder.parent)
+    sync(folder.parent)
 
 
 def fill(folder: Path, state: Mapping[str, Any]) -> None:
@@ -102,14 +102,6 @@ def read(folder: Path) -> dict[str, Any]:
 
 def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _remove(folder: Path) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from temper.lazy import torch
 from temper.parts import Count, Problem, Rate, Spec, spec
 from temper.passport import Figure, Passport
 from temper.train import precision as formats
@@ -100,7 +101,8 @@ def precision_of(spec: Learning, model: Any, context: Context) -> formats.Precis
     """In which number format a run computes: as asked, or as measured when first called; the same whenever asked again."""
     if spec.precision != "auto":
         return spec.precision
-    return context.decide("precision", lambda: formats.choose(model, context.device))
+    subject = f"{formats.typical(model)} on {context.device}, torch {torch.version.__version__}"
+    return context.decide("precision", lambda: formats.choose(model, context.device), subject)
 
 
 def learn(

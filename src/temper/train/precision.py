@@ -25,14 +25,21 @@ def choose(model: Any, device: str) -> tuple[Precision, str]:
     """
     if device == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
         return "float32", "this GPU has no bf16 arithmetic"
-    sizes = sorted((tuple(one.shape) for one in model.parameters() if one.ndim == 2), key=math.prod)
-    if not sizes:
+    if (size := typical(model)) is None:
         return "float32", "the model has no matrices"
-    below = list(itertools.accumulate(map(math.prod, sizes)))
-    rows, columns = sizes[bisect.bisect_left(below, below[-1] / 2)]
+    rows, columns = size
     gain = _gain(rows, columns, device)
     measured = f"on a {rows} x {columns} layer here, forward and backward, bf16 runs {gain:.2f} times as fast as float32"
     return ("bf16", measured) if gain >= _GAIN else ("float32", f"{measured}; {_GAIN} is asked for")
+
+
+def typical(model: Any) -> tuple[int, int] | None:
+    """Rows and columns of the matrix in which the model's median weight stands; None where it has no matrices."""
+    sizes = sorted((tuple(one.shape) for one in model.parameters() if one.ndim == 2), key=math.prod)
+    if not sizes:
+        return None
+    below = list(itertools.accumulate(map(math.prod, sizes)))
+    return sizes[bisect.bisect_left(below, below[-1] / 2)]
 
 
 def autocast(device: str, precision: Precision) -> contextlib.AbstractContextManager[Any]:
