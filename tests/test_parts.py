@@ -470,3 +470,29 @@ def test_streams_depend_on_their_keys_alone():
     assert one.seed(5, 2) == context.stream("gate").seed(5, 2)
     assert len({one.seed(5, 2), one.seed(2, 5), two.seed(5, 2), Context("tune", 4, None, None).stream("gate").seed(5, 2)}) == 4
     assert 0 <= one.seed(1) < 2**63
+
+
+def test_installed_packages_add_parts_through_entry_points(monkeypatch):
+    @part
+    class Plugged(Gate):
+        """From another package."""
+
+        by: float = 5.0
+
+        def __call__(self, x: float) -> float:
+            return self.by * x
+
+    point = type("Point", (), {"group": Gate.__module__, "value": "other:Plugged", "load": staticmethod(lambda: Plugged)})
+    broken = type("Point", (), {"group": "tests_other_slot", "value": "other:Gone", "load": staticmethod(lambda: 1 / 0)})
+    from temper.parts import protocols
+
+    monkeypatch.setattr(protocols, "plugins", lambda: (("other", "1.0", point), ("other", "1.0", broken)))
+    protocols._plugged.cache_clear()
+    try:
+        assert build(Toy, {"gate": {"plugged": {"by": 2.0}}}).gate(3.0) == 6.0
+        with pytest.raises(
+            Problem, match=r"the plug-in .other:Gone. does not load: ZeroDivisionError: division by zero; mend or uninstall it"
+        ):
+            build(Toy, {"anchor": "plain"})
+    finally:
+        protocols._plugged.cache_clear()
