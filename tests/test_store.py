@@ -93,7 +93,7 @@ def test_an_adapter_brings_its_base(tmp_path):
 def test_find_by_key_by_step_and_by_recipe(tmp_path):
     store = Store(tmp_path)
     store.seal(KEY, fill(store), record())
-    store.save_run(store.run_id("first"), {"name": "first", "steps": [{"name": "tune", "key": KEY}]})
+    store.save_run(store.run_id("first"), {"name": "first", "state": "done", "steps": [{"name": "tune", "key": KEY}]})
     assert store.find(KEY[:8]) == store.find("tune") == store.find("first/tune") == KEY
     with pytest.raises(Problem, match=r"no artefact `tun`.*did you mean `tune`"):
         store.find("tun")
@@ -107,8 +107,8 @@ def test_gc_keeps_what_the_latest_runs_use_and_their_bases(tmp_path):
     base = store.seal(keys[0], fill(store, keys[0]), record("base"))
     store.seal(keys[1], fill(store, keys[1]), record("tune"), base)
     store.seal(keys[2], fill(store, keys[2]), record("old"))
-    store.save_run("1", {"name": "r", "steps": [{"name": "tune", "key": keys[2]}]})
-    store.save_run("2", {"name": "r", "steps": [{"name": "tune", "key": keys[1]}]})
+    store.save_run("1", {"name": "r", "state": "done", "steps": [{"name": "tune", "key": keys[2]}]})
+    store.save_run("2", {"name": "r", "state": "done", "steps": [{"name": "tune", "key": keys[1]}]})
     going, size = store.free(keep_runs=1, dry=True)
     assert going == [keys[2]]
     assert size > 0
@@ -185,3 +185,13 @@ def test_files_outside_are_hashed_once_per_identity(tmp_path, monkeypatch):
     monkeypatch.undo()
     file.write_text("other")
     assert store.remembered(file) != first
+
+
+def test_gc_keeps_what_a_run_under_way_has_made(tmp_path):
+    store = Store(tmp_path)
+    keys = [digest(name) for name in ("base", "tune")]
+    store.seal(keys[0], fill(store, keys[0]), record("base"))
+    store.save_run("1", {"name": "r", "state": "running", "steps": [{"name": "base", "key": keys[0]}, {"name": "tune", "key": keys[1]}]})
+    with store.lock(keys[1]):
+        assert Store(tmp_path).free(keep_runs=0) == ([], 0)
+    assert Store(tmp_path).free(keep_runs=0)[0] == [keys[0]]

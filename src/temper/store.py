@@ -185,7 +185,8 @@ class Store:
         """Moves a damaged artefact out of the way, so that it is made again; nothing is deleted."""
         target = self.root / "damaged" / f"{key}-{int(time.time())}"
         target.parent.mkdir(exist_ok=True)
-        self.folder(key).rename(target)
+        with contextlib.suppress(FileNotFoundError):  # another process was quicker
+            self.folder(key).rename(target)
         return target
 
     # ------------------------------------------------------------------------------------------------- locks
@@ -266,8 +267,10 @@ class Store:
         seen: dict[str, int] = {}
         for run in reversed(self.runs()):
             seen[run["name"]] = seen.get(run["name"], 0) + 1
-            if seen[run["name"]] <= keep_runs:
-                kept.update(step["key"] for step in run["steps"] if step.get("key"))
+            held = [step["key"] for step in run["steps"]]
+            under_way = run["state"] == "running" and any(map(self.busy, held))
+            if under_way or seen[run["name"]] <= keep_runs:
+                kept.update(held)
         waiting = list(kept)
         while waiting:
             key = waiting.pop()
