@@ -336,14 +336,18 @@ def _work(step: Step, inputs: Inputs, wanted: Mapping[str, Any], key: str, store
 def passports(inputs: Mapping[str, Any]) -> dict[str, Any]:
     """Role -> passport, or list of them; a data source's says its shape."""
 
-    def one(value: Any) -> Any:
+    def one(role: str, value: Any) -> Any:
         if isinstance(value, Artefact):
             return value.passport
         if isinstance(value, list):
-            return [one(each) for each in value]
-        return Passport(value.load("train").shape, origin=value.load("train").name) if value is not None else None
+            return [one(role, each) for each in value]
+        try:
+            rows = value.load("train")
+        except Problem as problem:
+            raise problem.under(role) from problem
+        return Passport(rows.shape, origin=rows.name)
 
-    return {role: one(value) for role, value in inputs.items() if value is not None}
+    return {role: one(role, value) for role, value in inputs.items() if value is not None}
 
 
 def _base(passport: Passport, inputs: Inputs) -> Artefact | None:

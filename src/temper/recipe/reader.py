@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,8 @@ class Reader(References):
     """Reads a recipe; what is wrong is gathered, so that all of it is told at once."""
 
     problems: list[Problem] = dataclasses.field(default_factory=list)
-    taken: dict[tuple[str, str], tuple[str | int, ...]] = dataclasses.field(default_factory=dict)
+    taken: dict[str, tuple[str | int, ...]] = dataclasses.field(default_factory=dict)
+    seed: int = 0
 
     def read(self) -> Plan:
         for key in self.raw:
@@ -37,11 +38,7 @@ class Reader(References):
             self.problems.append(
                 Problem(f"{shown(name)}: a name has letters, digits, dots and hyphens, and begins with a letter", ("name",))
             )
-        seed = self.raw.get("seed", 0)
-        if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
-            self.problems.append(Problem(f"{shown(seed)}: a seed is a whole number, 0 or more", ("seed",)))
-            seed = 0
-        self.seed = seed
+        self.seed = self._try(lambda: _seed(self.raw.get("seed", 0)), ()) or 0
         self.names.update(self._environment())
         use = self.raw.get("use") or []
         if not isinstance(use, (list, tuple)) or not all(isinstance(one, str) for one in use):
@@ -57,7 +54,7 @@ class Reader(References):
         export = self._export()
         collect(self.problems)
         about = self._text("about", "")
-        return Plan(name, tuple(self.steps), self.text, self.folder, export, seed, about, self.place)
+        return Plan(name, tuple(self.steps), self.text, self.folder, export, self.seed, about, self.place)
 
     # ---------------------------------------------------------------------------------------------- top level
 
@@ -201,69 +198,88 @@ class Reader(References):
             body = substituted(body, names)
         except Problem as problem:
             raise problem.under(*path) from problem
+        name = self._called(engine, body, path, branch)
         problems: list[Problem] = []
+
+        def gathered(read: Callable[[], Any]) -> Any:
+            try:
+                return read()
+            except Problem as problem:
+                problems.extend(problem.all)
+                return None
+
+        seed = gathered(lambda: _seed(body.get("seed", self.seed)))
+        method = body.get("method")
+        base = gathered(lambda: parts.method(engine, str(method))) if method is not None else None
+        inputs = {}
+        for role, takes in module.INPUTS.items():
+            inputs[role] = gathered(lambda role=role, takes=takes: self.input(role, takes, body, branch, engine, names))
+        spec = gathered(lambda: self._spec(engine, module, body, base))
+        about, aim = gathered(lambda: _about(body)), gathered(lambda: _aim(body))
+        collect([problem.under(*path) for problem in problems])
+
+        turn = int(loop.rpartition("#")[2]) if loop else 1
+        alike = [i for i, step in enumerate(self.steps) if step.path == path and unturned(step.name) == name]
+        earlier = alike[-1] if turn > 1 else None
+        full = f"{name}#{turn}" if turn > 1 else name
+        files = (*self.scope.files, *_functions(spec))
+        self.steps.append(Step(full, engine, str(method or ""), spec, inputs, seed, path, earlier, loop, None, files, about, aim))
+
+    def _called(self, engine: str, body: Mapping[str, Any], path: tuple[str | int, ...], branch: str) -> str:
+        """The step's name, its branch in brackets; each turn of a `repeat` has the same."""
         name = body.get("name", engine)
         if not isinstance(name, str) or not _NAME.match(name) or name in ("last", "model", "data", "house"):
             raise Problem(
                 f"{shown(name)}: a step's name has letters, digits, dots and hyphens, and is none of last, model, data, house",
                 (*path, "name"),
             )
-        if "[" not in name and branch:
-            name = f"{name}[{branch}]"
-        if (taken := self.taken.get((name, loop))) is not None and taken != path:
+        name = f"{name}[{branch}]" if branch else name
+        if self.taken.setdefault(name, path) != path:
             raise Problem(f"two steps are called `{name}`; give this one a `name:`", path)
-        for (other, turn), where in self.taken.items():
-            if other == name and turn != loop and where != path:
-                raise Problem(f"two steps are called `{name}`; give this one a `name:`", path)
-        self.taken[(name, loop)] = path
-        seed = body.get("seed", self.seed)
-        if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
-            problems.append(Problem(f"{shown(seed)}: a seed is a whole number, 0 or more", ("seed",)))
-        base, method = None, body.get("method")
-        if method is not None:
-            try:
-                base = parts.method(engine, str(method))
-            except Problem as problem:
-                problems.append(problem)
-        inputs: dict[str, Any] = {}
-        for role, takes in module.INPUTS.items():
-            try:
-                inputs[role] = self.input(role, takes, body, branch, engine, names)
-            except Problem as problem:
-                problems.extend(problem.all)
-        rest = {key: value for key, value in body.items() if plain(str(key)) not in {plain(one) for one in (*STEP, *module.INPUTS)}}
+        return name
+
+    def _spec(self, engine: str, module: Any, body: Mapping[str, Any], base: Any) -> Any:
+        """The engine's spec from what a step says besides its name, method and inputs."""
         cls = parts.spec_of(module)
-        spec = None
+        known = [one for one in parts.settings(cls) if one != "paper"]
+        others = {plain(one) for one in (*STEP, *module.INPUTS)}
+        said = {key: value for key, value in body.items() if plain(str(key)) not in others}
+        wrong = [key for key in said if plain(str(key)) not in set(map(plain, known))]
+        problems = [
+            Problem(f"`{engine}` has no slot or setting `{key}`{nearest(str(key), [*known, *module.INPUTS, *STEP])}", (key,))
+            for key in wrong
+        ]
         try:
-            known = {plain(one) for one in parts.settings(cls)} - {"paper"}
-            for key in rest:
-                if plain(str(key)) not in known:
-                    words = [*(one for one in parts.settings(cls) if one != "paper"), *module.INPUTS, *STEP]
-                    problems.append(Problem(f"`{engine}` has no slot or setting `{key}`{nearest(str(key), words)}", (key,)))
-            rest = {key: value for key, value in rest.items() if plain(str(key)) in known}
-            spec = parts.build(cls, rest, base=base, scope=self.scope)
+            spec = parts.build(cls, {key: value for key, value in said.items() if key not in wrong}, base=base, scope=self.scope)
             parts.starting_order(spec, getattr(module, "PROVIDES", ()))
         except Problem as problem:
             problems.extend(problem.all)
-        collect([problem.under(*path) for problem in problems])
-        turn = int(loop.rpartition("#")[2]) if loop else 0
-        earlier = next(
-            (i for i in range(len(self.steps) - 1, -1, -1) if self.steps[i].path == path and unturned(self.steps[i].name) == name), None
-        )
-        full = f"{name}#{turn}" if turn > 1 else name
-        held = self.scope.files + tuple(
-            {
-                Path(one.source.rpartition(":")[0])
-                for setting in parts.slots(spec)
-                for one in parts.held(getattr(spec, setting))
-                if isinstance(one, parts.Function)
-            }
-        )
-        about, aim = body.get("about", ""), body.get("aim", ())
-        if not isinstance(about, str):
-            raise Problem(f"{shown(about)}: a text is asked for", (*path, "about"))
-        aim = (aim,) if isinstance(aim, str) else aim
-        if not isinstance(aim, (list, tuple)) or not all(isinstance(one, str) for one in aim):
-            raise Problem(f"{shown(aim)}: `aim` is a list of figures' names", (*path, "aim"))
-        before = earlier if turn > 1 else None
-        self.steps.append(Step(full, engine, str(method or ""), spec, inputs, seed, path, before, loop, None, held, about, tuple(aim)))
+        collect(problems)
+        return spec
+
+
+def _seed(seed: Any) -> int:
+    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+        raise Problem(f"{shown(seed)}: a seed is a whole number, 0 or more", ("seed",))
+    return seed
+
+
+def _about(body: Mapping[str, Any]) -> str:
+    about = body.get("about", "")
+    if not isinstance(about, str):
+        raise Problem(f"{shown(about)}: a text is asked for", ("about",))
+    return about
+
+
+def _aim(body: Mapping[str, Any]) -> tuple[str, ...]:
+    aim = body.get("aim", ())
+    aim = (aim,) if isinstance(aim, str) else aim
+    if not isinstance(aim, (list, tuple)) or not all(isinstance(one, str) for one in aim):
+        raise Problem(f"{shown(aim)}: `aim` is a list of figures' names", ("aim",))
+    return tuple(aim)
+
+
+def _functions(spec: Any) -> set[Path]:
+    """The files of users' functions that stand in a spec's slots."""
+    held = [one for name in parts.slots(spec) for one in parts.held(getattr(spec, name))]
+    return {Path(one.source.rpartition(":")[0]) for one in held if isinstance(one, parts.Function)}
