@@ -23,8 +23,9 @@ lint: .venv/installed  ## checks style and types
 docs: .venv/installed-docs  ## builds the documentation into site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-bench: .venv/installed  ## measures what has a benchmark
+bench: .venv/installed  ## measures what has a benchmark (some ten minutes)
 	$(BIN)/python benchmarks/startup.py
+	$(BIN)/python benchmarks/tasks.py
 
 clean:  ## removes what the commands above make, but not .venv
 	rm -rf site build dist .pytest_cache .ruff_cache .hypothesis temper-out src/*.egg-info

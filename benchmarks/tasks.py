@@ -21,7 +21,7 @@ TASKS: dict[str, Any] = {name: name for name in Verifiable.__slot__.parts()}  # 
 
 
 def measure(name: str, task: Any, updates: int, store: Store) -> dict[str, Any]:
-    data = {"task": {"task": task, "count": 10000, "test_count": 300}}
+    data = {"task": {"task": task, "count": 8000, "test_count": 300}}
     steps = [
         {
             "tune": {

@@ -103,9 +103,9 @@ class SortWords(Verifiable):
 class SortNumbers(Verifiable):
     """Whole numbers from small to large, digits apart.  `sorted( 4 1 , 7 , 1 2 ) ==` -> ` 7 , 1 2 , 4 1`"""
 
-    shortest: Count = 3
+    shortest: Count = 2
     """Numbers to sort, at least."""
-    longest: Count = 4
+    longest: Count = 3
     """Numbers to sort, at most."""
     digits: Count = 2
     """Digits of a number, at most."""
