@@ -128,9 +128,9 @@ class ReverseLetters(Verifiable):
 
     shortest: Count = 3
     """Letters to reverse, at least."""
-    longest: Count = 5
+    longest: Count = 4
     """Letters to reverse, at most."""
-    alphabet: Annotated[str, Field(min_length=1)] = "abcdefgh"
+    alphabet: Annotated[str, Field(min_length=1)] = "abcdefghij"
     """Letters to draw from."""
     words: tuple[str, ...] = ()
     """Words whose letters are asked for instead of drawn letters."""
