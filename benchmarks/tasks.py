@@ -1,6 +1,6 @@
 """How far each verifiable task gets: `house:lm` tuned on it for a while, accuracy on held-out questions.
 
-    python benchmarks/tasks.py [--updates 300] [--out benchmarks/tasks.json]
+    python benchmarks/tasks.py [--updates 300] [--only sort-words] [--out benchmarks/tasks.json]
 
 A task is fit for rewards and preferences where a tuned house model ends between 0.2 and 0.9: some attempts right, some wrong.
 """
@@ -42,10 +42,14 @@ def measure(name: str, task: Any, updates: int, store: Store) -> dict[str, Any]:
 def main() -> None:
     ask = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ask.add_argument("--updates", type=int, default=300, help="of 64 rows each")
+    ask.add_argument("--only", nargs="*", choices=list(TASKS), help="measure these, keep the other rows of the file")
     ask.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".json"))
     given = ask.parse_args()
-    store, rows = Store(), {}
+    store = Store()
+    rows = json.loads(given.out.read_text())["tasks"] if given.only and given.out.exists() else {}
     for name, task in TASKS.items():
+        if given.only and name not in given.only:
+            continue
         rows[name] = one = measure(name, task, given.updates, store)
         print(f"{name:<16} {one['accuracy']:.3f} [{one['low']:.3f}, {one['high']:.3f}]  {one['seconds']:.0f} s", flush=True)
     given.out.write_text(json.dumps({"updates": given.updates, "machine": machine(), "tasks": rows}, indent=1) + "\n")

@@ -169,7 +169,7 @@ SLOTS: dict[str, Slot] = {
         {
             "sort-letters": Row({"shortest": 2, "longest": 9, "alphabet": "xyz", "words": ["here", "there"]}),
             "sort-words": Row({"shortest": 2, "longest": 6, "words": ["a", "b", "c", "d", "e", "f"]}, {"shortest": 3, "longest": 5}),
-            "sort-numbers": Row({"shortest": 1, "longest": 6, "digits": 3}),
+            "sort-numbers": Row({"shortest": 2, "longest": 6, "digits": 3}),
             "reverse-letters": Row({"shortest": 2, "longest": 9, "alphabet": "xyz", "words": ["here", "there"]}),
             "reverse-words": Row({"shortest": 2, "longest": 6, "words": ["a", "b", "c", "d", "e", "f"]}, {"shortest": 3, "longest": 5}),
             "arithmetic": Row({"digits": 3, "operation": "-", "working": True}),

@@ -103,11 +103,11 @@ class SortWords(Verifiable):
 class SortNumbers(Verifiable):
     """Whole numbers from small to large, digits apart.  `sorted( 4 1 , 7 , 1 2 ) ==` -> ` 7 , 1 2 , 4 1`"""
 
-    shortest: Count = 2
+    shortest: Count = 3
     """Numbers to sort, at least."""
-    longest: Count = 3
+    longest: Count = 4
     """Numbers to sort, at most."""
-    digits: Count = 2
+    digits: Count = 1
     """Digits of a number, at most."""
 
     def __post_init__(self) -> None:
