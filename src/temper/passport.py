@@ -7,7 +7,7 @@ what a step would give for such parents, or refuses, before any compute is spent
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -152,8 +152,3 @@ def child(parent: Passport, role: str = "model", **changes: Any) -> Passport:
     """A passport that descends from another: the same but for `changes`; hashes of weights unknown until made."""
     fresh: dict[str, Any] = {"base": UNKNOWN, "parents": {}, "origin": ""}
     return dataclasses.replace(parent, **{**fresh, **changes})
-
-
-def same_tokenizer(passports: Sequence[Passport]) -> bool:
-    """Whether all speak one vocabulary (unknown ones are given the benefit)."""
-    return len({p.tokenizer for p in passports if p.tokenizer not in (None, UNKNOWN)}) <= 1
