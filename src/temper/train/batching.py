@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
@@ -30,7 +31,8 @@ class Batch:
     False. attention_mask: int64 [B, T], 0 on padding, or None where no token needs hiding. position_ids: int64 [B, T], or None for
     0, 1, 2, ...; where they start anew, attention starts anew. rows: the data's rows, counted from 0, in the order of the
     batch's rows (of a packed batch: those within). targets, tokens: how many tokens are targets, are not padding.
-    update: which update it belongs to: with `rows` the key for whatever is drawn per sample.
+    update: which update it belongs to. keys: B numbers that tell the rows of one update apart, however it is cut into
+    micro-batches: with `update` the key for whatever is drawn per sample.
 
     Of preferences row 2i is a chosen answer and row 2i + 1 the rejected one of the same prompt.
     """
@@ -43,6 +45,7 @@ class Batch:
     targets: int
     tokens: int
     update: int = 0
+    keys: Sequence[int] = ()
 
     def to(self, device: Any) -> Batch:
         """The same batch on a device."""
@@ -73,26 +76,29 @@ class Batching(Protocol):
     def __call__(self, examples: Sequence[Example], stream: Stream) -> Plan: ...
 
 
-def collate(examples: Sequence[Example], update: int = 0) -> Batch:
+def collate(examples: Sequence[Example], update: int = 0, keys: Sequence[int] | None = None) -> Batch:
     """One batch of examples, padded on the right to the longest. Padding is token 0, hidden and never a target."""
+    keys = range(len(examples)) if keys is None else keys
     shape = len(examples), max(map(len, examples))
     tokens, supervised, mask = numpy.zeros(shape, numpy.int64), numpy.zeros(shape, bool), numpy.zeros(shape, numpy.int64)
     for row, example in enumerate(examples):
         tokens[row, : len(example)] = example.tokens
         supervised[row, 1 : len(example)] = example.supervised[1:]
         mask[row, : len(example)] = 1
-    return _batch(tokens, supervised, mask, None, [example.source for example in examples], int(mask.sum()), update)
+    return _batch(tokens, supervised, mask, None, [example.source for example in examples], int(mask.sum()), update, keys)
 
 
-def _batch(tokens: Any, supervised: Any, mask: Any, positions: Any, rows: list[int], count: int, update: int) -> Batch:
+def _batch(
+    tokens: Any, supervised: Any, mask: Any, positions: Any, rows: list[int], count: int, update: int, keys: Sequence[int]
+) -> Batch:
     tensors = [None if one is None else torch.from_numpy(one) for one in (tokens, supervised, mask, positions)]
-    return Batch(*tensors, rows=rows, targets=int(supervised.sum()), tokens=count, update=update)  # type: ignore[arg-type]
+    return Batch(*tensors, rows=rows, targets=int(supervised.sum()), tokens=count, update=update, keys=keys)  # type: ignore[arg-type]
 
 
 # ---------------------------------------------------------------------------------------------- padded, bucketed
 
-Unit = tuple["Example", ...]
-"""What stays together: one example, or the two of a preference."""
+Unit = tuple[tuple[int, "Example"], ...]
+"""What stays together: one example, or the two of a preference; each with its place in the update."""
 
 
 class DrawnPlan:
@@ -104,7 +110,7 @@ class DrawnPlan:
     def __init__(self, examples: Sequence[Example], stream: Stream, size: int, split: Callable[[list[Unit]], list[list[Unit]]]):
         _some(examples)
         pair = 2 if examples[0].side else 1
-        self._units = [tuple(examples[start : start + pair]) for start in range(0, len(examples), pair)]
+        self._units = [examples[start : start + pair] for start in range(0, len(examples), pair)]
         self._size, self._split = size, split
         self._order = functools.lru_cache(maxsize=1)(lambda epoch: _shuffled(len(self._units), stream, epoch))
         self.updates_per_epoch = math.ceil(len(self._units) / size)
@@ -112,8 +118,13 @@ class DrawnPlan:
     def update(self, i: int) -> list[Batch]:
         epoch, place = divmod(i, self.updates_per_epoch)
         chosen = self._order(epoch)[place * self._size : (place + 1) * self._size]
-        groups = self._split([self._units[index] for index in chosen])
-        return [collate([example for unit in group for example in unit], i) for group in groups]
+        placed = enumerate(example for index in chosen for example in self._units[index])
+        units = [tuple(itertools.islice(placed, len(self._units[index]))) for index in chosen]
+        return [_gathered([one for unit in group for one in unit], i) for group in self._split(units)]
+
+
+def _gathered(placed: Sequence[tuple[int, Example]], update: int) -> Batch:
+    return collate([example for _, example in placed], update, [place for place, _ in placed])
 
 
 @part
@@ -160,7 +171,7 @@ class Bucketed:
 
 
 def _longest(unit: Unit) -> int:
-    return max(map(len, unit))
+    return max(len(example) for _, example in unit)
 
 
 def _shuffled(count: int, stream: Stream, epoch: int) -> list[int]:
@@ -236,7 +247,8 @@ class PackedPlan:
             targets &= positions > 0
             mask = None
         within = list(dict.fromkeys(sources[document[real]].tolist()))
-        return _batch(inputs, targets, mask, positions, within, int(real.sum()), update)
+        keys = range(first % self._per_update, first % self._per_update + last - first)
+        return _batch(inputs, targets, mask, positions, within, int(real.sum()), update, keys)
 
 
 def _joined(examples: Sequence[Example], order: list[int]) -> tuple[Any, Any, Any, Any]:
