@@ -34,12 +34,13 @@ METHODS = [pytest.param(engine, name, id=f"{engine} {name}") for engine in ENGIN
 
 LAYERS = (
     ("lazy", "parts"),
+    ("world",),
     ("context",),
     ("keys", "passport", "store"),
     ("models",),
     ("tasks", "train"),
     tuple(ENGINES),
-    ("machine", "methods", "papers", "progress", "recipe", "report"),
+    ("machine", "methods", "papers", "progress", "recipe", "report", "tracking"),
     ("explaining", "preflight", "preview", "reporting", "run"),
     ("cli",),
     ("__main__",),

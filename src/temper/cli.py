@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
+from temper import world
 from temper.parts import Problem, engines, nearest
 
 app = typer.Typer(
@@ -37,6 +39,8 @@ OutAt = Annotated[Path | None, typer.Option("--out", help="Where the report and 
 def main() -> None:
     """The entry point: turns errors into one clear message and an exit code."""
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft|torch)\.")  # for those who write against them
+    if not world.is_main():
+        sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115 the main process speaks for all; errors are everyone's
     try:
         code = app(standalone_mode=False)
         sys.exit(code if isinstance(code, int) else 0)
@@ -44,8 +48,8 @@ def main() -> None:
         for one in problem.all:
             _err(f"error: {one}")
         sys.exit(2)
-    except KeyboardInterrupt:
-        _err("interrupted; the same command goes on from the last checkpoint")
+    except KeyboardInterrupt as interrupt:
+        _err(f"{interrupt or 'interrupted'}; the same command goes on from the last checkpoint")
         sys.exit(130)
     except typer.Exit as leave:
         sys.exit(leave.exit_code)
@@ -64,6 +68,8 @@ def main() -> None:
             _err("what was done up to the last checkpoint is kept; the same command goes on from there")
             sys.exit(1)
         raise
+    finally:
+        world.leave()
 
 
 def _err(text: str) -> None:
@@ -104,9 +110,9 @@ def _run(plan: Any, out: Path, store_at: Path | None, as_json: bool) -> None:
     store = _store(store_at)
     cached = all(reason.state == "from the store" for reason in why(plan, store))
     if not cached:
-        for warning in preflight.check(plan, store).warnings:
+        for warning in preflight.check(plan, store).warnings if world.is_main() else ():
             _err(f"note: {warning}")
-    with Display(sys.stderr) as display:
+    with Display(sys.stderr if world.is_main() else sys.stdout) as display:
         result = run(plan, store, out=out, show=display.show, say=display.say, began=display.began, ended=display.ended)
     if as_json:
         _print(
@@ -452,7 +458,7 @@ def _engine_command(name: str) -> Any:
         from temper.run import one_step
 
         *models, rows = model if len(model) > 1 else (*model, None)
-        with Display(sys.stderr) as display:
+        with Display(sys.stderr if world.is_main() else sys.stdout) as display:
             result = one_step(
                 name,
                 [one for one in models if one != "new"],

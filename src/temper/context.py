@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from temper.lazy import torch
 from temper.parts import Live, Problem, nearest
+from temper.world import World
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -92,6 +93,8 @@ class Context:
 
     step: its name. seed: of all its streams. work: scratch that survives a crash. out: to be filled with the
     artefact's files. slot: whose stream `stream()` gives. machine: where choices by measurement are remembered for all runs.
+    world: the processes that share the step; all but the main one have an `out` of their own, which is thrown away. follow: takes
+    every row of the curve as it is logged, for trackers.
     """
 
     step: str
@@ -102,6 +105,8 @@ class Context:
     show: Callable[[Track], None] = silent
     slot: str = ""
     machine: Path | None = None
+    world: World = dataclasses.field(default_factory=World)
+    follow: Callable[[dict[str, Any]], None] | None = None
     gifts: dict[str, Any] = dataclasses.field(default_factory=dict)
     notes: list[str] = dataclasses.field(default_factory=list)
 
@@ -155,9 +160,14 @@ class Context:
         return self.work / "curve.jsonl"
 
     def log(self, step: int, **figures: Any) -> None:
-        """Adds a row to the step's curve."""
+        """Adds a row to the step's curve. The main process's word counts."""
+        if not self.world.main:
+            return
+        row = {"step": step, **figures}
         with self.curve_file.open("a", encoding="utf8") as file:
-            file.write(json.dumps({"step": step, **figures}) + "\n")
+            file.write(json.dumps(row) + "\n")
+        if self.follow is not None:
+            self.follow(row)
 
     def curve(self) -> list[dict[str, Any]]:
         """The rows so far; a line torn by a crash is left out."""
@@ -173,6 +183,8 @@ class Context:
 
     def rewind(self, step: int) -> None:
         """Drops the curve's rows at and after `step`: they will be made again."""
+        if not self.world.main:
+            return
         kept = [row for row in self.curve() if row["step"] < step]
         write(self.curve_file, "".join(json.dumps(row) + "\n" for row in kept))
 
@@ -187,8 +199,11 @@ class Context:
         """An automatic choice: made once, recorded with its reason, reused on resume. The value must be JSON.
 
         subject: what a measurement was made of, such as a layer's size. A choice with a subject is remembered for this machine,
-        so that two runs of one step do not differ by the noise of a measurement.
+        so that two runs of one step do not differ by the noise of a measurement. The main process chooses for all.
         """
+        return self.world.tell(self._decided(name, choose, subject) if self.world.main else None)
+
+    def _decided(self, name: str, choose: Callable[[], tuple[Any, str]], subject: str) -> Any:
         made = self.decisions()
         if name not in made:
             known = json.loads(self.machine.read_text(encoding="utf8")) if subject and self.machine and self.machine.exists() else {}

@@ -8,6 +8,7 @@ such module leaves torch unloaded. Classes that derive from `torch.nn.Module` li
 from __future__ import annotations
 
 import importlib
+import sys
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +30,7 @@ else:
         def __getattr__(self, name: str) -> Any:
             if name.startswith("__") and name.endswith("__"):
                 raise AttributeError(name)  # introspection (pydantic, pickle, doctest) must not trigger an import
-            return getattr(importlib.import_module(self.__name__), name)
+            return getattr(sys.modules.get(self.__name__) or importlib.import_module(self.__name__), name)
 
     datasets = _Lazy("datasets")
     numpy = _Lazy("numpy")

@@ -2,26 +2,34 @@
 
 A step's key is known once its inputs are there. What the store has is not made again; what is made is made under the
 key's lock, in a work folder that survives a crash, and enters the store by one rename.
+
+Under a launcher every process runs the plan. The main one alone talks to the store; at a step whose engine can be `SHARED` the others
+work along, at any other they wait.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
+import errno
 import json
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from temper import keys, parts
+from temper import keys, parts, tracking
 from temper.context import Context, Track, silent, write
 from temper.machine import clock, device, machine, peak_memory, reset_peak
 from temper.parts import Problem, nearest
 from temper.passport import Artefact, Inputs, Output, Passport
 from temper.recipe import FromStep, Outside, Plan, Step, plan
 from temper.store import RECORD, Damaged, Store
+from temper.world import World, is_main, join
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,12 +81,18 @@ def run(
     began: Callable[[Step, int, int], None] = lambda step, index, count: None,
     ended: Callable[[Made], None] = lambda made: None,
 ) -> Result:
-    """Runs a plan's steps in order. `out`: where reports and exported folders go; None for neither.
+    """Runs a plan's steps in order. `out`: where reports, exported folders and trackers' files go; None for none of them.
 
     Raises `Problem` for a request that cannot be met, `Failed` where a step's work broke.
     """
     started = time.monotonic()
-    result = Result(plan, store.run_id(plan.name), {})
+    world = join()
+    tracking.check(plan.track)
+
+    def follow(context: Context) -> AbstractContextManager[None]:
+        return tracking.following(context, plan.track, out, plan.name) if out is not None else contextlib.nullcontext()
+
+    result = Result(plan, world.tell(store.run_id(plan.name) if world.main else None), {})
     by_index: dict[int, Made] = {}
     log: dict[str, Any] = {
         "name": plan.name,
@@ -101,13 +115,15 @@ def run(
                 key = keys.key(wanted)
                 entry = {"name": step.name, "engine": step.engine, "key": key, "status": "running"}
                 log["steps"].append(entry)
-                store.save_run(result.run, log)
-                made = _make(step, inputs, wanted, key, store, show, say)
+                if world.main:
+                    store.save_run(result.run, log)
+                made = _make(step, inputs, wanted, key, store, _Ways(show, say, follow, world))
             except Problem as problem:
                 raise plan.locate(problem, step) from problem
             by_index[index] = result.made[step.name] = made
             entry["status"] = made.status
-            store.save_run(result.run, log)
+            if world.main:
+                store.save_run(result.run, log)
             ended(made)
             if step.until is not None and step.until.holds(by_index[step.until.index].artefact.figures):
                 stopped.add(step.loop.rpartition("#")[0])
@@ -118,8 +134,9 @@ def run(
         raise
     finally:
         result.seconds = log["seconds"] = time.monotonic() - started
-        store.save_run(result.run, log)
-    if out is not None:
+        if world.main:
+            store.save_run(result.run, log)
+    if out is not None and world.main:
         from temper import report
         from temper.reporting import report_input
 
@@ -161,7 +178,7 @@ def one_step(
     raw = {"name": engine, "seed": seed, "export": "none", "steps": [{engine: body}]}
     checked = plan(raw, f"temper {engine}", Path(), [f"{body.get('name', engine)}.{one}" for one in sets])
     result = run(checked, store, show=show, say=say)
-    if out is not None:
+    if out is not None and is_main():
         from temper.models.export import export
 
         result.folders = {engine: export(result.last, Path(out), store)}
@@ -199,8 +216,8 @@ def gather(step: Step, by_index: Mapping[int, Made], store: Store) -> Inputs:
     return Inputs({role: one(value) for role, value in step.inputs.items()})
 
 
-def checkpoint(artefact: Artefact, number: int) -> Artefact:
-    """What a step kept on its way: `tune@500`."""
+def checkpoint(artefact: Artefact, number: int | str) -> Artefact:
+    """What a step kept on its way: `tune@500`, `tune@best`."""
     folder = artefact.path / "checkpoints" / str(number)
     if not folder.is_dir():
         kept = sorted(path.name for path in (artefact.path / "checkpoints").glob("*"))
@@ -253,15 +270,36 @@ def ingredients(step: Step, inputs: Inputs) -> dict[str, Any]:
 # -------------------------------------------------------------------------------------------------------- making
 
 
-def _make(step: Step, inputs: Inputs, wanted: Mapping[str, Any], key: str, store: Store, show: Any, say: Any) -> Made:
-    made = stored(step, key, store, say)
-    if made is not None:
-        return made
-    with store.lock(key, waiting=lambda: say(f"{step.name}: another run is making it; waiting")):
-        made = stored(step, key, store, say)
-        if made is not None:
-            return made
-        return _work(step, inputs, wanted, key, store, show, say)
+@dataclasses.dataclass(frozen=True)
+class _Ways:
+    """How a step at work speaks to the outside, and who works on it."""
+
+    show: Callable[[Track], None]
+    say: Callable[[str], None]
+    follow: Callable[[Context], AbstractContextManager[None]]
+    world: World
+
+
+def _make(step: Step, inputs: Inputs, wanted: Mapping[str, Any], key: str, store: Store, ways: _Ways) -> Made:
+    world = ways.world
+    if not world.main:
+        if world.tell(None) == "make" and _is_shared(step):
+            _work_along(step, inputs, key, store, world)
+        world.wait()
+        return Made(step, dataclasses.replace(store.get(key), name=step.name), "from the store", store.record(key))
+    made = stored(step, key, store, ways.say)
+    waiting = lambda: ways.say(f"{step.name}: another run is making it; waiting")  # noqa: E731
+    with contextlib.nullcontext() if made else store.lock(key, waiting=waiting):
+        made = made or stored(step, key, store, ways.say)
+        world.tell("have" if made else "make")
+        made = made or _work(step, inputs, wanted, key, store, ways)
+        world.wait()
+    return made
+
+
+def _is_shared(step: Step) -> bool:
+    """Whether several processes can work on the step together."""
+    return getattr(parts.engine(step.engine), "SHARED", False)
 
 
 def stored(step: Step, key: str, store: Store, say: Any) -> Made | None:
@@ -277,7 +315,7 @@ def stored(step: Step, key: str, store: Store, say: Any) -> Made | None:
     return Made(step, dataclasses.replace(artefact, name=step.name), "from the store", store.record(key))
 
 
-def _work(step: Step, inputs: Inputs, wanted: Mapping[str, Any], key: str, store: Store, show: Any, say: Any) -> Made:
+def _work(step: Step, inputs: Inputs, wanted: Mapping[str, Any], key: str, store: Store, ways: _Ways) -> Made:
     module = parts.engine(step.engine)
     work = store.work(key)
     out, scratch = work / "out", work / "scratch"
@@ -286,20 +324,25 @@ def _work(step: Step, inputs: Inputs, wanted: Mapping[str, Any], key: str, store
     out.mkdir(parents=True)
     scratch.mkdir(exist_ok=True)
     write(work / "ingredients.json", json.dumps(wanted, indent=1))
-    context = Context(step.name, step.seed, scratch, out, device(), show, machine=store.root / "machine.json")
+    world = ways.world if _is_shared(step) else World()
+    context = Context(step.name, step.seed, scratch, out, device(), ways.show, machine=store.root / "machine.json", world=world)
     if resumed:
-        say(f"{step.name}: goes on from where an earlier run stopped")
+        ways.say(f"{step.name}: goes on from where an earlier run stopped")
+    world.wait()  # the folders are there
     predicted = module.passport(step.spec, passports(inputs))
     before, reset = clock(scratch), reset_peak()
     began = time.monotonic()
     try:
-        output: Output = module.run(step.spec, inputs, context)
+        with ways.follow(context):
+            output: Output = module.run(step.spec, inputs, context)
     except Problem:
         raise
     except (KeyboardInterrupt, SystemExit):
         clock(scratch, before + time.monotonic() - began)
         raise
     except Exception as error:
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            raise Failed(f"step `{step.name}` failed: the disk is full; free some room and run the same again") from error
         clock(scratch, before + time.monotonic() - began)
         raise Failed(f"step `{step.name}` failed: {type(error).__name__}: {error}") from error
     seconds = before + time.monotonic() - began
@@ -331,6 +374,17 @@ def _work(step: Step, inputs: Inputs, wanted: Mapping[str, Any], key: str, store
     )
     shutil.rmtree(work, ignore_errors=True)
     return Made(step, artefact, "made", store.record(key))
+
+
+def _work_along(step: Step, inputs: Inputs, key: str, store: Store, world: World) -> None:
+    """What the other processes do of a shared step: all of it but what is left behind."""
+    with tempfile.TemporaryDirectory(prefix="temper-") as folder:
+        out = Path(folder) / "out"
+        out.mkdir()
+        scratch, known = store.work(key) / "scratch", store.root / "machine.json"
+        context = Context(step.name, step.seed, scratch, out, device(), machine=known, world=world)
+        world.wait()
+        parts.engine(step.engine).run(step.spec, inputs, context)
 
 
 def passports(inputs: Mapping[str, Any]) -> dict[str, Any]:
