@@ -1,4 +1,4 @@
-"""Writes constraints.txt: the exact set of packages that this environment has for Temper with its `dev` and `docs` extras.
+"""Writes constraints.txt: the exact set of packages that this environment has for Temper with its `dev`, `docs` and `bench` extras.
 
     .venv/bin/python tools/constraints.py
 
@@ -36,7 +36,7 @@ def reached(name: str, extras: frozenset[str], found: dict[str, str], seen: set[
 
 def main() -> None:
     found: dict[str, str] = {}
-    reached("temper-ml", frozenset({"dev", "docs"}), found, set())
+    reached("temper-ml", frozenset({"dev", "docs", "bench"}), found, set())
     del found["temper-ml"]
     lines = [f"{name}=={version}" for name, version in sorted(found.items())]
     FILE.write_text("# The exact set that the tests pass with; written by tools/constraints.py.\n" + "\n".join(lines) + "\n")

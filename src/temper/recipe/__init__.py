@@ -7,7 +7,7 @@
       - tune: {method: lora, epochs: 2}
       - evaluate: {model: [model, tune]}
 
-A step's inputs may be `model` and `data` (the recipe's own), a step's name, `tune@500` (a kept checkpoint), `tune[math]`
+A step's inputs may be `model` and `data` (the recipe's own), a step's name, `tune@500` and `tune@best` (kept checkpoints), `tune[math]`
 (a branch of `each`), `last`, a folder, a hub name, or `house:lm`.
 """
 

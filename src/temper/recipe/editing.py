@@ -9,7 +9,7 @@ from typing import Any
 from temper.parts import Problem, nearest, plain, shown
 from temper.recipe.places import BLOCKS, Located
 
-TOP = ("name", "model", "data", "seed", "use", "env", "export", "steps", "about")
+TOP = ("name", "model", "data", "seed", "use", "env", "export", "track", "steps", "about")
 """A recipe's own keys."""
 _VARIABLE = re.compile(r"\$\{([\w.:-]+)\}")
 

@@ -13,10 +13,10 @@ from temper.recipe.places import Place
 
 @dataclasses.dataclass(frozen=True)
 class FromStep:
-    """What an earlier step of the plan gives; `checkpoint` one that it kept."""
+    """What an earlier step of the plan gives; `checkpoint` one that it kept: after an update, or the `best`."""
 
     index: int
-    checkpoint: int | None = None
+    checkpoint: int | str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,6 +84,7 @@ class Plan:
     seed: int
     about: str
     place: Place
+    track: tuple[str, ...] = ()
 
     def step(self, name: str) -> Step:
         for one in self.steps:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from temper import parts
+from temper import parts, tracking
 from temper.parts import Problem, Scope, collect, nearest, plain, shown
 from temper.recipe.editing import TOP, substituted
 from temper.recipe.places import BLOCKS, Follows
@@ -52,9 +52,10 @@ class Reader(References):
         else:
             self._block(steps, ("steps",), "", self.names, "")
         export = self._export()
+        track = self._try(lambda: tracking.chosen(self.raw.get("track", "tensorboard")), ("track",)) or ()
         collect(self.problems)
         about = self._text("about", "")
-        return Plan(name, tuple(self.steps), self.text, self.folder, export, self.seed, about, self.place)
+        return Plan(name, tuple(self.steps), self.text, self.folder, export, self.seed, about, self.place, track)
 
     # ---------------------------------------------------------------------------------------------- top level
 

@@ -149,7 +149,12 @@ class References:
             raise Problem(f"`{base}` is neither a step before this one nor a folder{near}")
         if not kept:
             return FromStep(index)
-        saved = getattr(self.steps[index].spec, "keep", ())
+        spec = self.steps[index].spec
+        if kept == "best":
+            if not getattr(spec, "keep_best", False):
+                raise Problem(f"`{base}` keeps no best model; add `keep_best: true` to it")
+            return FromStep(index, kept)
+        saved = getattr(spec, "keep", ())
         if not kept.isdigit() or int(kept) not in saved:
             if saved:
                 raise Problem(f"`{base}` keeps no checkpoint {kept}{nearest(kept, [str(one) for one in saved])}")

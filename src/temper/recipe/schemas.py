@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from temper import parts
+from temper import parts, tracking
 
 _DATA = {"anyOf": [{"type": ["string", "object"]}, {"type": "array", "items": {"type": ["string", "object"]}, "minItems": 1}]}
 
@@ -57,6 +57,7 @@ def schema() -> dict[str, Any]:
             "use": {"type": "array", "items": {"type": "string"}, "description": "Python files with parts of your own"},
             "env": {"type": "array", "items": {"type": "string"}, "description": "environment variables that ${env:NAME} may read"},
             "export": {"anyOf": [{"enum": ["last", "all", "none"]}, {"type": "array", "items": {"type": "string"}}]},
+            "track": {"anyOf": [{"enum": ["none", *tracking.NAMES]}, {"type": "array", "items": {"enum": list(tracking.NAMES)}}]},
             "steps": steps,
         },
         "$defs": definitions,
