@@ -7,6 +7,7 @@ what a step would give for such parents, or refuses, before any compute is spent
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,22 @@ DATA = ("text", "completion", "chat", "preference")
 KINDS = ("model", "adapter", "figures", *DATA)
 UNKNOWN = "?"
 """A hash that is not known before the step has run."""
+
+_ENCODER_DECODER = re.compile(
+    r"(M?T5|UMT5|LongT5|T5Gemma2?|SwitchTransformers|M?Bart|PLBart|Mvp|LED|BigBirdPegasus|PegasusX?|ProphetNet|Blenderbot(Small)?|M2M100|"
+    r"NllbMoe|FSMT)ForConditionalGeneration|MarianMTModel"
+)
+
+
+FAMILIES = ("causal", "masked", "encoder-decoder")
+"""How models predict; see `family`."""
+
+
+def family(architecture: str | None) -> str:
+    """How a model of this class predicts: `masked`, what is hidden from it; `encoder-decoder`, a second text; else `causal`, the next
+    token."""
+    name = architecture or ""
+    return "masked" if name.endswith("ForMaskedLM") else "encoder-decoder" if _ENCODER_DECODER.fullmatch(name) else "causal"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +80,8 @@ class Input:
     """What an engine takes in one role.
 
     kinds: of artefact or shapes of data. many: a list is taken. optional: may be missing. default: what a recipe
-    means when it is silent: `last` (the step before that gave such a kind), `model` or `data` (the recipe's own), or nothing.
+    means when it is silent: `last` (the step before that gave such a kind), `model` or `data` (the recipe's own), or nothing. families:
+    of models, which are taken.
     """
 
     kinds: tuple[str, ...]
@@ -71,16 +89,23 @@ class Input:
     optional: bool = False
     default: str = ""
     about: str = ""
+    families: tuple[str, ...] = ("causal",)
 
     @property
     def is_data(self) -> bool:
         return all(kind in DATA for kind in self.kinds)
 
     def accept(self, role: str, passport: Passport) -> None:
-        """Refuses a kind that the engine does not take."""
+        """Refuses a kind, or a model of a family, that the engine does not take."""
         if passport.kind not in self.kinds:
             wanted = " or ".join(f"`{kind}`" for kind in self.kinds)
             raise Problem(f"takes {wanted}; {passport.origin or 'what is given'} is `{passport.kind}`", (role,))
+        if (found := family(passport.architecture)) not in self.families:
+            raise Problem(
+                f"takes {' or '.join(self.families)} models; {passport.origin or 'what is given'} is {found} ({passport.architecture}) and "
+                "does not write from left to right; train it with `pretrain` or `tune`, or give a causal one",
+                (role,),
+            )
 
 
 @dataclasses.dataclass(frozen=True)

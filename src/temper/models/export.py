@@ -11,7 +11,7 @@ from typing import Any
 
 from temper.context import write
 from temper.parts import Problem, shown
-from temper.passport import Artefact, Passport
+from temper.passport import Artefact, Passport, family
 from temper.store import Store
 
 MARK = "temper.json"
@@ -89,6 +89,14 @@ def lineage(artefact: Artefact, store: Store) -> list[Mapping[str, Any]]:
     return found[::-1]
 
 
+_USES = {
+    "causal": ("text-generation", "AutoModelForCausalLM"),
+    "masked": ("fill-mask", "AutoModelForMaskedLM"),
+    "encoder-decoder": ("text2text-generation", "AutoModelForSeq2SeqLM"),
+}
+"""The hub's name for what a family of models does, and what loads one."""
+
+
 def card(artefact: Artefact, line: Sequence[Mapping[str, Any]], merged: bool) -> str:
     """A model card: front matter that the hub reads, then lineage and figures as tables."""
     from ruamel.yaml import YAML
@@ -96,7 +104,8 @@ def card(artefact: Artefact, line: Sequence[Mapping[str, Any]], merged: bool) ->
     passport = artefact.passport
     licences = sorted({one for record in line for one in record["passport"]["licences"]} | set(passport.licences))
     adapter = passport.kind == "adapter" and not merged
-    front: dict[str, Any] = {"library_name": "peft" if adapter else "transformers", "tags": ["temper"], "pipeline_tag": "text-generation"}
+    task, loader = _USES[family(passport.architecture)]
+    front: dict[str, Any] = {"library_name": "peft" if adapter else "transformers", "tags": ["temper"], "pipeline_tag": task}
     if len(licences) == 1:
         front["license"] = licences[0]
     import io as text
@@ -112,7 +121,7 @@ def card(artefact: Artefact, line: Sequence[Mapping[str, Any]], merged: bool) ->
     loads = (
         "Load it with `peft.PeftModel.from_pretrained(base, folder)`."
         if adapter
-        else "Load it with `transformers.AutoModelForCausalLM.from_pretrained(folder)`."
+        else f"Load it with `transformers.{loader}.from_pretrained(folder)`."
     )
     return f"""---
 {stream.getvalue().strip()}

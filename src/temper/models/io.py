@@ -12,7 +12,7 @@ from temper.lazy import nn, peft, safetensors_torch, torch, transformers
 from temper.models import folders
 from temper.models.deltas import is_adapted, merge, to_plain_lora
 from temper.parts import Problem, nearest, shown
-from temper.passport import Artefact
+from temper.passport import Artefact, family
 
 if TYPE_CHECKING:
     from temper.models.constraints import Constraint
@@ -22,7 +22,7 @@ Source = Artefact | Path | str
 
 
 def load_model(source: Source, *, dtype: str = "float32", device: str = "cpu", constraints: bool = True) -> nn.Module:
-    """A causal language model, or a `PeftModel` on one, in evaluation mode.
+    """A language model of the family that its folder names (causal, masked, encoder-decoder), or a `PeftModel` on one, in evaluation mode.
 
     dtype: `float32`, `bfloat16`, `float16` or `auto` (as stored). constraints: put the masks and grids that travel with a
     model back on, so that they hold in training; without, the weights are what they are (on mask and grid) and the model
@@ -168,10 +168,10 @@ def _load_plain(folder: Path, dtype: str, constraints: bool) -> nn.Module:
     with quiet():
         if dense is not None:
             del config.quantization_config
-            cls: Any = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+            cls: Any = _auto(config)[1][type(config)]
             model, info = cls.from_pretrained(None, state_dict=dense, **how)
         else:
-            auto: Any = transformers.AutoModelForCausalLM
+            auto = _auto(config)[0]
             model, info = auto.from_pretrained(folder, use_safetensors=True, trust_remote_code=False, local_files_only=True, **how)
     for what, names in (("lacks", info["missing_keys"]), ("holds, and the architecture has no place for,", info["unexpected_keys"])):
         if names:
@@ -181,17 +181,28 @@ def _load_plain(folder: Path, dtype: str, constraints: bool) -> nn.Module:
 
 
 def _config(folder: Path) -> Any:
-    """The configuration, of a class that transformers has and uses for causal language models."""
+    """The configuration, of a class that transformers has and uses for language models."""
     try:
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except (ValueError, KeyError) as error:
         code = folders.read_json(folder / "config.json").get("auto_map")
         why = "it brings its own code, which is not run" if code else str(error).partition(chr(10))[0]
         raise Problem(f"{folder} has no architecture of transformers: {why}") from error
-    if type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+    if type(config) not in _auto(config)[1]:
         told = ", ".join(config.architectures or [type(config).__name__])
         raise Problem(f"{folder} is no causal language model ({told}); give one of a transformers class `...ForCausalLM`")
     return config
+
+
+def _auto(config: Any) -> tuple[Any, Any]:
+    """What loads a model of the family that a configuration names, and the classes that it loads."""
+    match family((config.architectures or [None])[0]):
+        case "masked":
+            return transformers.AutoModelForMaskedLM, transformers.MODEL_FOR_MASKED_LM_MAPPING
+        case "encoder-decoder":
+            return transformers.AutoModelForSeq2SeqLM, transformers.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
+        case _:
+            return transformers.AutoModelForCausalLM, transformers.MODEL_FOR_CAUSAL_LM_MAPPING
 
 
 def _load_adapter(base: nn.Module, folder: Path) -> nn.Module:

@@ -13,20 +13,23 @@ from temper.models.deltas.delta import Full
 from temper.models.deltas.leave import leave
 from temper.models.deltas.lineage import adapted
 from temper.parts import Count, Slot, spec
-from temper.passport import UNKNOWN, Input, Inputs, Output, Passport
+from temper.passport import FAMILIES, UNKNOWN, Input, Inputs, Output, Passport
 from temper.pretrain.shape import Llama, Shape
 from temper.pretrain.tokenizer import ByteBPE, Tokenizer
+from temper.train.averages import Average
 from temper.train.batching import Batching, Packed
 from temper.train.examples import encode
-from temper.train.learning import Learning, check_readable, held_examples, learn
-from temper.train.objectives import Causal, Objective
+from temper.train.feed import Feed, Shuffled
+from temper.train.learning import TRAINING, Learning, check_readable, held_examples, home, learn
+from temper.train.objectives import Causal, Objective, check
 from temper.train.optimizers import AdamW, Optimizer
 from temper.train.schedules import Cosine, Schedule
 
 INPUTS = {
-    "model": Input(("model",), optional=True, default="model", about="a model to train further; none: a new one"),
+    "model": Input(("model",), optional=True, default="model", about="a model to train further; none: a new one", families=FAMILIES),
     "data": Input(("text", "completion", "chat"), default="data", about="text; completions and chats are read as text"),
 }
+SHARED = True
 PROVIDES = ("model", "tokenizer")
 
 
@@ -38,8 +41,10 @@ class Pretrain(Learning):
     shape: Slot[Shape] = Llama()
     objective: Slot[Objective] = Causal()
     batching: Slot[Batching] = Packed()
+    feed: Slot[Feed] = Shuffled()
     optimizer: Slot[Optimizer] = AdamW(lr=3e-3, betas=(0.9, 0.95), weight_decay=0.1)
     schedule: Slot[Schedule] = Cosine()
+    average: Slot[Average] | None = None
     max_length: Count | None = None
     """Tokens of an example at most; longer text goes on in another example. none: as they are, which packing wants."""
     evaluate_rows: Count = 40
@@ -53,6 +58,7 @@ def passport(spec: Pretrain, parents: Mapping[str, Any]) -> Passport:
     given = parents.get("model")
     if given is None:
         shape: Any = spec.shape
+        check(spec.objective, shape.architecture, "objective", spec.tokenizer)
         return Passport(
             "model",
             base=UNKNOWN,
@@ -63,6 +69,7 @@ def passport(spec: Pretrain, parents: Mapping[str, Any]) -> Passport:
             parameters=shape.count(spec.tokenizer.most()),  # type: ignore[union-attr]
         )
     check_readable(given, Passport("text"))
+    check(spec.objective, given.architecture, "objective")
     return adapted(given, Full(), AsLoaded())
 
 
@@ -72,12 +79,12 @@ def run(spec: Pretrain, inputs: Inputs, context: Context) -> Output:
     if inputs.model is None:
         first = context.start(spec, only=("tokenizer", "shape"))
         tokenizer = first.tokenizer(row["text"] for row in rows.rows)
-        model = first.shape(tokenizer, context.stream("shape").seed()).to(context.device)
+        model = first.shape(tokenizer, context.stream("shape").seed()).to(home(spec, passport(spec, {}), context))
         if len(tokenizer) < first.tokenizer.most():
             context.note(f"the text gave a vocabulary of {len(tokenizer)} tokens, fewer than the {first.tokenizer.most()} asked for")
     else:
         tokenizer = io.load_tokenizer(inputs.model)
-        model = io.load_model(inputs.model, device=context.device).requires_grad_(True)
+        model = io.load_model(inputs.model, device=home(spec, inputs.model.passport, context)).requires_grad_(True)
         context.note(f"goes on from `{inputs.model.name}`, with its tokenizer and shape; the slots `tokenizer` and `shape` stand aside")
 
     examples = encode(rows, tokenizer, max_length=spec.max_length)
@@ -85,7 +92,7 @@ def run(spec: Pretrain, inputs: Inputs, context: Context) -> Output:
     held = held_examples(lambda: inputs.data.load("test").as_text(), tokenizer, model, spec, context)
     context.give("tokenizer", tokenizer)
     context.give("model", model)
-    live = context.start(spec, only=("objective", "batching", "optimizer", "schedule"))
+    live = context.start(spec, only=("objective", *TRAINING))
 
     def save(folder: Path, spare: bool = True) -> None:
         if inputs.model is None:
@@ -94,5 +101,6 @@ def run(spec: Pretrain, inputs: Inputs, context: Context) -> Output:
             leave(model, tokenizer, folder, given=inputs.model, under=None, spare=spare)
 
     figures = learn(model, examples, live.objective, spec=spec, live=live, context=context, held=held, save=save)
-    save(context.out / "model", spare=False)
+    if context.world.main:
+        save(context.out / "model", spare=False)
     return Output(figures)

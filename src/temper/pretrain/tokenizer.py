@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Annotated, Protocol
+from typing import TYPE_CHECKING, Annotated, Literal, Protocol
 
 from pydantic import Field
 
 from temper.lazy import tokenizers, transformers
-from temper.parts import Count, part, slot
+from temper.parts import Count, Problem, part, slot
 from temper.tasks.rows import ROLES
 
 if TYPE_CHECKING:
@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
 BEGIN, END, PAD = "<|begin|>", "<|end|>", "<|pad|>"
 _SPECIAL = (BEGIN, END, PAD, *(f"<|{role}|>" for role in ROLES))
+MASK = "<|mask|>"
+_MIDDLE = ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>")
+_MODES = ("[R]", "[S]", "[X]")
 
 TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{{ '<|' + message['role'] + '|>' }}"
@@ -48,11 +51,27 @@ class ByteBPE:
     """
 
     vocabulary: Annotated[int, Field(ge=256 + len(_SPECIAL))] = 2048
-    """Tokens, at most: 256 bytes, 8 special tokens (begin, end, pad, five roles of a chat), and merges."""
+    """Tokens, at most: 256 bytes, 8 special tokens (begin, end, pad, five roles of a chat), those reserved, and merges."""
     frequency: Count = 2
     """Times that a pair must occur to be merged."""
     digits: bool = True
     """Whether every digit is a token of its own."""
+    reserve: tuple[Literal["mask", "spans", "middle"], ...] = ()
+    """Further special tokens, for objectives. mask: one that hides others, for `masked`. spans: sentinels `<extra_id_0>` and on, and the
+    modes `[R]`, `[S]`, `[X]`, for `span-mixture`. middle: three marks, for `fill-middle`."""
+    sentinels: Count = 100
+    """Sentinels that `spans` reserves."""
+
+    def __post_init__(self) -> None:
+        if self.vocabulary < (least := 256 + len(self._special)):
+            raise Problem(f"vocabulary {self.vocabulary}: bytes and special tokens are {least}; give at least as many, or reserve fewer")
+
+    @property
+    def _special(self) -> list[str]:
+        """Special tokens in the order of their ids."""
+        spans = [*(f"<extra_id_{number}>" for number in range(self.sentinels)), *_MODES]
+        kinds = {"mask": (MASK,), "spans": spans, "middle": _MIDDLE}
+        return [*_SPECIAL, *(token for kind, some in kinds.items() if kind in self.reserve for token in some)]
 
     def most(self) -> int:
         return self.vocabulary
@@ -66,7 +85,7 @@ class ByteBPE:
         trainer = tokenizers.trainers.BpeTrainer(
             vocab_size=self.vocabulary,
             min_frequency=self.frequency,
-            special_tokens=list(_SPECIAL),
+            special_tokens=self._special,
             initial_alphabet=sorted(before.ByteLevel.alphabet()),
             show_progress=False,
         )
@@ -78,4 +97,6 @@ class ByteBPE:
             tokenizer_object=made, bos_token=BEGIN, eos_token=END, pad_token=PAD, clean_up_tokenization_spaces=False
         )
         wrapped.chat_template = TEMPLATE
+        if "mask" in self.reserve:
+            wrapped.mask_token = MASK
         return wrapped

@@ -8,6 +8,7 @@ from temper.lazy import nn, peft
 from temper.models.deltas import where as places  # not its parts by name: they would stand in this slot too
 from temper.models.walk import is_linear
 from temper.parts import Count, Problem, Rate, Share, part, slot
+from temper.passport import family
 
 if TYPE_CHECKING:
     from temper.models.deltas.init import Init
@@ -70,7 +71,7 @@ class Lora:
     def __call__(self, model: nn.Module, modules: list[str], init: Any) -> nn.Module:
         _adaptable(model, modules, "lora")
         config = peft.LoraConfig(
-            task_type="CAUSAL_LM",
+            task_type=_TASKS[family(type(model).__name__)],
             target_modules=modules,
             r=self.rank,
             lora_alpha=int(self.alpha) if self.alpha.is_integer() else self.alpha,  # type: ignore[arg-type]
@@ -79,6 +80,10 @@ class Lora:
             use_dora=self.dora,
         )
         return init(model, config, peft.get_peft_model)
+
+
+_TASKS = {"causal": "CAUSAL_LM", "encoder-decoder": "SEQ_2_SEQ_LM", "masked": None}
+"""What peft calls what a family of models does; it has no word for telling masked tokens."""
 
 
 def _adaptable(model: nn.Module, modules: list[str], delta: str) -> None:
