@@ -2,27 +2,33 @@
 
 from __future__ import annotations
 
+import functools
+import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
+import forks
 import numpy
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from temper.context import Context, Stream
-from temper.train import loop
-from temper.train.batching import Bucketed, Packed, Padded
-from temper.train.examples import Example
+from temper.context import Context, Stream, write
+from temper.tasks.files import File
+from temper.train import distribution, loop
+from temper.train.batching import Bucketed, Packed, Padded, planned
+from temper.train.checkpoints import storage
+from temper.train.examples import Example, encode
 from temper.train.loop import train, trainable
 from temper.train.objectives import Causal
 from temper.train.optimizers import SGD, AdamW
 from temper.train.schedules import Cosine
+from temper.world import World
 
 UPDATES = 9
 PLANS = {
@@ -30,7 +36,8 @@ PLANS = {
     "bucketed": Bucketed(size=4, tokens=30),
     "packed": Packed(length=16, size=2, accumulate=2),
     "separate": Packed(length=16, size=2, accumulate=2, documents="separate"),
-}  # 4 updates an epoch each, on the data below
+    "streaming": Bucketed(size=4, tokens=30),
+}  # 4 updates an epoch each, on the data below; a stream's are its blocks
 
 
 class Stop(Exception):
@@ -43,13 +50,26 @@ def data():
     return [Example(draw.integers(1, 64, n).astype(numpy.int32), numpy.ones(n, bool), i) for i, n in enumerate(lengths)]
 
 
+def plan(name: str, folder: Path):
+    """The batches of the data above; a stream's from a file of 40 rows, read 16 at a time."""
+    if name != "streaming":
+        return PLANS[name](data(), Stream("batching"))
+    texts = [" ".join(map(str, one.tokens)) for one in [*data(), *data(), *data()[:8]]]
+    write(folder / "rows.jsonl", "".join(json.dumps({"text": text}) + "\n" for text in texts))
+    words = Tokenizer(models.WordLevel({str(number): number for number in range(64)}, unk_token="0"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    stream = File(path=str(folder / "rows.jsonl"), streaming=True, buffer=16, test_count=1).load("train")
+    return planned(PLANS[name], encode(stream, PreTrainedTokenizerFast(tokenizer_object=words), max_length=None), Stream("batching"))
+
+
 ADAMW = AdamW(lr=0.01)
 
 
-def run(work: Path, part, optimizer=ADAMW, stop_at=None, updates=UPDATES, width=32, **settings):
+def run(work: Path, name: str, optimizer=ADAMW, stop_at=None, updates=UPDATES, width=32, loss=None, world=None, kind="replicate", **more):
     """One session with a model and an optimizer of its own; `stop_at`: raises during the evaluation after that update."""
     torch.seed()  # whatever the process drew before must not matter
     context = Context.scratch(work, seed=3)
+    context.world = world or World()
     config = LlamaConfig(
         vocab_size=64, hidden_size=16, intermediate_size=width, num_hidden_layers=2, num_attention_heads=2, attention_dropout=0.2
     )
@@ -60,25 +80,27 @@ def run(work: Path, part, optimizer=ADAMW, stop_at=None, updates=UPDATES, width=
             one.copy_(torch.randn(one.shape, generator=draw) * 0.2 + (one.ndim == 1))
 
     def evaluate(_):
-        step = context.curve()[-1]["step"]
+        step = context.curve()[-1]["step"] if context.world.main else 0
         if step == stop_at:
             raise Stop
         return {"held_out": float(step)}
 
-    built = optimizer.build(trainable(model))
-    plan = part(data(), Stream("batching"))
-    assert plan.updates_per_epoch == 4
+    spread = distribution.spread(model, context.world, kind, "cpu")
+    built = optimizer.build(trainable(spread.model))
+    batches = plan(name, work)
+    assert batches.updates_per_epoch == (None if name == "streaming" else 4)
     history = train(
         model,
-        plan,
-        Causal(),
+        batches,
+        loss or Causal(),
         optimizer=built,
         schedule=Cosine(warmup=0.2),
         updates=updates,
         context=context,
         evaluate=evaluate,
         evaluate_every=1,
-        **{"checkpoint_every": 1, **settings},
+        spread=spread,
+        **{"checkpoint_every": 1, **more},
     )
     return model, built, history, context
 
@@ -102,7 +124,7 @@ def unbroken(tmp_path_factory):
 
     def get(name):
         if name not in made:
-            made[name] = run(tmp_path_factory.mktemp(name), PLANS[name])
+            made[name] = run(tmp_path_factory.mktemp(name), name)
         return made[name]
 
     return get
@@ -112,56 +134,56 @@ def unbroken(tmp_path_factory):
 @pytest.mark.parametrize("name", PLANS)
 def test_an_interrupted_run_ends_as_an_unbroken_one(tmp_path, unbroken, name, stop_at):
     with pytest.raises(Stop):
-        run(tmp_path, PLANS[name], stop_at=stop_at)
-    resumed = run(tmp_path, PLANS[name])
+        run(tmp_path, name, stop_at=stop_at)
+    resumed = run(tmp_path, name)
     assert resumed[2].resumed == stop_at - 1
     assert_same_run(resumed, unbroken(name))
 
 
 def test_dropout_was_at_work(tmp_path, unbroken, monkeypatch):
     monkeypatch.setattr(loop, "_seed", lambda device, seed: None)
-    model, *_ = run(tmp_path, PLANS["padded"])
+    model, *_ = run(tmp_path, "padded")
     assert any(not torch.equal(a, b) for a, b in zip(model.parameters(), unbroken("padded")[0].parameters()))
 
 
 def test_updates_since_the_last_checkpoint_are_made_again(tmp_path, unbroken):
     for stop_at in (2, 6, 7):
         with pytest.raises(Stop):
-            run(tmp_path, PLANS["padded"], stop_at=stop_at, checkpoint_every=3)
-    resumed = run(tmp_path, PLANS["padded"], checkpoint_every=3)
+            run(tmp_path, "padded", stop_at=stop_at, checkpoint_every=3)
+    resumed = run(tmp_path, "padded", checkpoint_every=3)
     assert resumed[2].resumed == 6
     assert_same_run(resumed, unbroken("padded"))
 
 
 def test_checkpoints_by_the_clock(tmp_path):
     with pytest.raises(Stop):
-        run(tmp_path, PLANS["padded"], stop_at=4, checkpoint_every=None, checkpoint_seconds=0.0)
+        run(tmp_path, "padded", stop_at=4, checkpoint_every=None, checkpoint_seconds=0.0)
     assert sorted(path.name for path in (tmp_path / "work" / "checkpoints").iterdir()) == ["00000002", "00000003"]
 
 
 def test_sgd_with_momentum_resumes(tmp_path):
     optimizer = SGD(lr=0.05, momentum=0.9)
-    whole = run(tmp_path / "whole", PLANS["padded"], optimizer=optimizer)
+    whole = run(tmp_path / "whole", "padded", optimizer=optimizer)
     with pytest.raises(Stop):
-        run(tmp_path / "broken", PLANS["padded"], optimizer=optimizer, stop_at=4)
-    assert_same_run(run(tmp_path / "broken", PLANS["padded"], optimizer=optimizer), whole)
+        run(tmp_path / "broken", "padded", optimizer=optimizer, stop_at=4)
+    assert_same_run(run(tmp_path / "broken", "padded", optimizer=optimizer), whole)
 
 
-@pytest.mark.parametrize("name", ["tensors.safetensors", "state.json"])
+@pytest.mark.parametrize("name", ["tensors-0.safetensors", "state.json"])
 def test_a_torn_checkpoint_costs_one_checkpoint(tmp_path, unbroken, name):
     with pytest.raises(Stop):
-        run(tmp_path, PLANS["packed"], stop_at=6)
+        run(tmp_path, "packed", stop_at=6)
     torn = tmp_path / "work" / "checkpoints" / "00000005" / name
     torn.write_bytes(torn.read_bytes()[:-7])
-    resumed = run(tmp_path, PLANS["packed"])
+    resumed = run(tmp_path, "packed")
     assert resumed[2].resumed == 4
     assert resumed[3].notes == [f"checkpoint 00000005 is damaged ({name} does not match its checksum) and was passed over"]
     assert_same_run(resumed, unbroken("packed"))
 
 
 def test_a_finished_run_only_comes_back(tmp_path, unbroken):
-    run(tmp_path, PLANS["bucketed"])
-    again = run(tmp_path, PLANS["bucketed"])
+    run(tmp_path, "bucketed")
+    again = run(tmp_path, "bucketed")
     assert again[2].resumed == UPDATES
     assert_same_run(again, unbroken("bucketed"))
 
@@ -169,69 +191,154 @@ def test_a_finished_run_only_comes_back(tmp_path, unbroken):
 def test_kept_updates_stay_and_are_made_once(tmp_path):
     made = []
 
-    def on_keep(update, folder):
-        made.append(update)
-        (folder / "note.txt").write_text(str(update))
+    def on_keep(name, folder):
+        made.append(int(name))
+        (folder / "note.txt").write_text(name)
 
     with pytest.raises(Stop):
-        run(tmp_path, PLANS["padded"], stop_at=6, keep=(2, 5), on_keep=on_keep, checkpoint_every=4)
-    run(tmp_path, PLANS["padded"], keep=(2, 5), on_keep=on_keep)
+        run(tmp_path, "padded", stop_at=6, keep=(2, 5), on_keep=on_keep, checkpoint_every=4)
+    run(tmp_path, "padded", keep=(2, 5), on_keep=on_keep)
     assert made == [2, 5]
     assert [(tmp_path / "work" / "kept" / str(update) / "note.txt").read_text() for update in (2, 5)] == ["2", "5"]
 
 
 def test_an_update_beyond_the_run_cannot_be_kept(tmp_path):
     with pytest.raises(ValueError, match="update 10 cannot be kept; the run has updates 1 to 9"):
-        run(tmp_path, PLANS["padded"], keep=(3, 10))
+        run(tmp_path, "padded", keep=(3, 10))
 
 
 @pytest.mark.parametrize("other", [{"updates": 9}, {"updates": 3, "width": 24}])
 def test_a_checkpoint_of_another_run_is_refused(tmp_path, other):
-    run(tmp_path, PLANS["padded"], updates=3)
+    run(tmp_path, "padded", updates=3)
     with pytest.raises(ValueError, match=r"checkpoint after update 3 is of another run \(3 updates of 21 tensors; here \d of 21"):
-        run(tmp_path, PLANS["padded"], **other)
+        run(tmp_path, "padded", **other)
 
 
 # ------------------------------------------------------------------------------------------------------------ SIGKILL
 
 
-def sessions(work: Path, name: str, kills: int = 3) -> None:
-    """Runs in a process of its own: starts a session, kills it after some progress, again and again; the last one comes to its end."""
-    torch.set_num_threads(1)
-    draw, checkpoints = random.Random(7), work / "work" / "checkpoints"
-    for kill in range(kills + 1):
-        before = newest(checkpoints)
-        child = os.fork()
-        if child == 0:
-            try:
-                model, *_ = run(work, PLANS[name])
-                numpy.savez(work / "weights.npz", *(one.detach().numpy() for one in model.parameters()))
-                os._exit(0)
-            finally:
-                os._exit(1)
-        if kill < kills:
-            while newest(checkpoints) <= before:
+def session(work: Path, name: str, kind: str, rank: int, size: int, meet: str, death: list | None) -> None:
+    """One of `size` processes that train; it may die."""
+    world = World(rank, size)
+    if size > 1:
+        torch.distributed.init_process_group("gloo", init_method=f"file://{work}/{meet}", rank=rank, world_size=size)
+    model, _, history, _ = run(work, name, loss=deadly(death), world=world, kind=kind)
+    if world.main:
+        (work / "rows.json").write_text(json.dumps(timeless(history)))
+        save_file({name: one.detach() for name, one in model.named_parameters()}, work / "weights.safetensors")
+    if size > 1:
+        torch.distributed.destroy_process_group()
+
+
+def deadly(death: list | None):
+    """A loss. death: ["pass", u, m] kills the process in the m-th pass of update u, ["write", u] when half of the checkpoint after u
+    updates is on the disk."""
+    seen, write = [], storage.save_file
+
+    def half(tensors, path, about):
+        write(tensors, path, about)
+        if death[:1] == ["write"] and path.parent.name.endswith(f"{death[1]:08d}"):
+            os.truncate(path, path.stat().st_size // 2)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def loss(model, batch):
+        seen.append(batch.update)
+        if death == ["pass", batch.update, seen.count(batch.update) - 1]:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return Causal()(model, batch)
+
+    if death:
+        storage.save_file = half
+    return loss
+
+
+def sessions(work: Path, name: str, kind: str, size: int, deaths: list) -> None:
+    """Sessions one after another. Each but the last ends by one process's death (the last in `deaths` is its rank), after which the
+    launcher kills the others; ["time", s]: from outside, s seconds after a checkpoint. Prints each one's last update on disk."""
+    for number, death in enumerate([*deaths, None]):
+        before, dies = newest(work), death[-1] if death else -1
+        children = []
+        for rank in range(size):
+            mine = death[:-1] if rank == dies else None
+            one = functools.partial(session, work, name, kind, rank, size, f"meet-{number}", mine)
+            children.append(forks.start(one, work / f"told-{rank}"))
+        if death and death[0] == "time":
+            while newest(work) == before:
                 time.sleep(0.001)
-            time.sleep(draw.uniform(0, 0.02))  # into an update or into the next checkpoint's writing
-            os.kill(child, signal.SIGKILL)
-        _, status = os.waitpid(child, 0)
-        print(newest(checkpoints), os.waitstatus_to_exitcode(status))
+            time.sleep(death[1])
+            os.kill(children[dies], signal.SIGKILL)
+        if death:
+            assert forks.wait(children.pop(dies)) == -signal.SIGKILL, (work / f"told-{dies}").read_text()
+            for child in children:
+                os.kill(child, signal.SIGKILL)
+        ends = [forks.wait(child) for child in children]
+        assert death or ends == [0] * size, [(work / f"told-{rank}").read_text() for rank in range(size)]
+        print(newest(work))
 
 
-def newest(folder: Path) -> int:
-    return max((int(path.name) for path in folder.glob("*") if path.name.isdigit()), default=0)
+def newest(work: Path) -> int:
+    return max((int(path.name) for path in (work / "work" / "checkpoints").glob("*") if path.name.isdigit()), default=0)
 
 
-def test_killed_again_and_again(tmp_path, unbroken):
-    code = "import sys; from pathlib import Path; sys.path.insert(0, sys.argv[1]); import test_resume; "
-    code += "test_resume.sessions(Path(sys.argv[2]), 'bucketed')"
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(Path(__file__).parent), str(tmp_path)], capture_output=True, text=True, timeout=120, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    reached, ends = zip(*(map(int, line.split()) for line in done.stdout.splitlines()), strict=True)
-    assert ends == (-signal.SIGKILL, -signal.SIGKILL, -signal.SIGKILL, 0)
+def timeless(history) -> list[dict]:
+    return [{key: value for key, value in row.items() if key != "seconds"} for row in history.rows]
+
+
+@pytest.fixture(scope="module")
+def apart():
+    """Runs a function of this module in a process of its own."""
+    with forks.server("test_resume") as run:
+        yield run
+
+
+def assert_same_files(work: Path, weights: dict, rows: list) -> None:
+    found = load_file(work / "weights.safetensors")
+    assert found.keys() == weights.keys()
+    for name, one in weights.items():
+        assert torch.equal(found[name], one), name
+    assert json.loads((work / "rows.json").read_text()) == json.loads(json.dumps(rows))
+
+
+# An epoch has four updates: passes of update 4 and the checkpoint after update 4 or 8 are on its edge.
+DEATHS = {
+    "padded": [["pass", 2, 1, 0], ["write", 4, 0], ["pass", 8, 0, 0]],
+    "bucketed": [["pass", 4, 0, 0], ["write", 7, 0]],
+    "packed": [["write", 2, 0], ["pass", 5, 1, 0], ["write", 8, 0]],
+    "streaming": [["pass", 4, 0, 0], ["write", 6, 0]],
+}
+
+
+@pytest.mark.parametrize("name", DEATHS)
+def test_a_killed_run_ends_as_an_unbroken_one(tmp_path, unbroken, apart, name):
+    reached = [int(line) for line in apart("sessions", tmp_path, name, "replicate", 1, DEATHS[name]).splitlines()]
+    for (what, update, *_), last in zip(DEATHS[name], reached):
+        assert last == update - 1 if what == "write" else last in (update - 1, update)
+    model, _, history, _ = unbroken(name)
+    assert_same_files(tmp_path, {name: one.detach() for name, one in model.named_parameters()}, timeless(history))
+
+
+def test_killed_at_random_moments(tmp_path, unbroken, apart):
+    draw = random.Random(7)
+    deaths = [["time", draw.uniform(0, 0.02), 0] for _ in range(3)]
+    reached = [int(line) for line in apart("sessions", tmp_path, "bucketed", "replicate", 1, deaths).splitlines()]
     assert 0 < reached[0] < reached[1] < UPDATES  # killed on the way
-    with numpy.load(tmp_path / "weights.npz") as held:
-        for one, name in zip(unbroken("bucketed")[0].parameters(), held.files, strict=True):
-            numpy.testing.assert_array_equal(one.detach().numpy(), held[name])
+    model, _, history, _ = unbroken("bucketed")
+    assert_same_files(tmp_path, {name: one.detach() for name, one in model.named_parameters()}, timeless(history))
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "deaths"),
+    [
+        ("packed", "replicate", [["pass", 4, 0, 1], ["write", 6, 0]]),
+        ("streaming", "shard", [["write", 4, 1], ["pass", 6, 0, 0]]),
+    ],
+)
+def test_two_processes_killed_end_as_two_unbroken(tmp_path, apart, name, kind, deaths):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    whole.mkdir()
+    broken.mkdir()
+    apart("sessions", whole, name, kind, 2, [])
+    reached = [int(line) for line in apart("sessions", broken, name, kind, 2, deaths).splitlines()]
+    for (what, update, *_), last in zip(deaths, reached):
+        assert last == update - 1 if what == "write" else last in (update - 1, update)
+    assert_same_files(broken, load_file(whole / "weights.safetensors"), json.loads((whole / "rows.json").read_text()))
