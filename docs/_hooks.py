@@ -1,5 +1,5 @@
 """Pages that are made when the documentation is built: methods by slots, slots and parts, papers, each from the mechanism itself;
-CONTRIBUTING and CHANGELOG from the repository's root.
+CONTRIBUTING, CHANGELOG and the benchmarks' RESULTS from the repository.
 
 Also fills the navigation's `Guarantees` with the pages of docs/guarantees, in the order of their names.
 """
@@ -28,8 +28,9 @@ def on_config(config: Any) -> Any:
 
 def on_files(files: Files, config: Any) -> Files:
     pages = {f"reference/{name}.md": made() for name, made in {"methods": _methods, "parts": _parts, "papers": _papers}.items()}
-    for name in ("CONTRIBUTING", "CHANGELOG"):
-        pages[f"{name.lower()}.md"] = (Path(config.docs_dir).parent / f"{name}.md").read_text(encoding="utf8")
+    for name in ("CONTRIBUTING", "CHANGELOG", "benchmarks/RESULTS"):
+        file = Path(config.docs_dir).parent / f"{name}.md"
+        pages[f"{file.stem.lower()}.md"] = file.read_text(encoding="utf8")
     for name, text in pages.items():
         files.append(File.generated(config, name, content=text))
     return files

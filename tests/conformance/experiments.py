@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy
 import torch
-from world import TEXTS, World
+from world import DEVICE, TEXTS, World
 from world import run as run_engine
 
 from temper import parts
@@ -41,7 +41,8 @@ def drawn(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def schedule(live: Any, world: World) -> Any:
-    return [live(step / 20) for step in range(21)]
+    momentum = getattr(live, "momentum", lambda progress: None)
+    return [[live(step / 20), momentum(step / 20)] for step in range(21)]
 
 
 def optimizer(live: Any, world: World) -> Any:
@@ -55,17 +56,42 @@ def descend(built: torch.optim.Optimizer, held: list[torch.nn.Parameter], update
     def closure() -> torch.Tensor:
         built.zero_grad()
         loss = torch.stack([(one - 2).square().sum() for one in held]).sum()
-        loss.backward()
+        if torch.is_grad_enabled():
+            loss.backward()
         return loss
 
     for _ in range(updates):
         built.step(closure)
 
 
+def average(live: Any, world: World) -> Any:
+    """What stands in the place of weights that grow by 1 in each of eight updates, two of them at the end's share."""
+    held = [torch.nn.Parameter(drawn(3, 4)), torch.nn.Parameter(drawn(4, seed=1))]
+    for update in range(8):
+        with torch.no_grad():
+            torch._foreach_add_(held, 1.0)
+        live.update(held, (update + 1) / 8)
+    with live.swap(held):
+        return [one.detach().clone() for one in held]
+
+
+def anchor(live: Any, world: World) -> Any:
+    """The term and its gradient, one step away from where it was first asked for."""
+    held = [torch.nn.Parameter(drawn(3, 4)), torch.nn.Parameter(drawn(4, seed=1))]
+    for one in held:
+        one.grad = torch.zeros_like(one)
+    values = [live(held, 2.0)]
+    with torch.no_grad():
+        torch._foreach_add_(held, 1.0)
+    values.append(live(held, 2.0))
+    return {"values": values, "gradients": [one.grad for one in held]}
+
+
 def objective(live: Any, world: World) -> Any:
-    """A loss of a model and a batch, and its gradient."""
+    """A loss of a model and two batches, texts and answers, and its gradient."""
     model = world.fresh()
-    return {"loss": (found := live(model, world.batch())).mean.detach(), "count": found.count, "gradient": gradient(model, [found])}
+    found = [live(model, world.batch(shape)) for shape in ("text", "completion")]
+    return {"losses": [(one.total.detach(), one.count) for one in found], "gradient": gradient(model, found)}
 
 
 def gradient(model: Any, sums: list[Sum]) -> list[torch.Tensor]:
@@ -79,8 +105,12 @@ def batching(live: Any, world: World) -> Any:
     """What three updates descend: an update's cut into micro-batches does not show, its examples and what they see of one another do."""
     examples = encode(world.given("text"), world.tokenizer, max_length=None)
     plan, model = live(examples, world.context().stream("batching")), world.fresh()
-    sums = [[Causal()(model, one) for one in plan.update(update)] for update in range(3)]
+    sums = [[Causal()(model, one.to(DEVICE)) for one in plan.update(update)] for update in range(3)]
     return {"updates": plan.updates_per_epoch, "gradients": [gradient(model, some) for some in sums]}
+
+
+def feed(live: Any, world: World) -> Any:
+    return [live(20, world.context().stream("batching"), epoch) for epoch in range(5)]
 
 
 # --------------------------------------------------------------------------------------------------------- models
@@ -130,8 +160,10 @@ def shape(live: Any, world: World) -> Any:
     assert made.num_parameters() == live.count(len(world.tokenizer))
     assert type(made).__name__ == live.architecture
     config = {name: str(value) for name, value in made.config.to_dict().items()}
+    ids = world.batch().input_ids
+    read = {"decoder_input_ids": ids} if made.config.is_encoder_decoder else {}
     with torch.no_grad():
-        return {"config": config, "logits": made(world.batch().input_ids).logits}
+        return {"config": config, "logits": made.eval().to(DEVICE)(ids, **read).logits}
 
 
 # ----------------------------------------------------------------------------------------------------- quantising
@@ -225,7 +257,7 @@ def resample(live: Any, world: World) -> Any:
 def source(live: Any, world: World) -> Any:
     """The rows of both splits, and the digest, which must tell whatever changes them. Nothing is fetched."""
     far = getattr(live.part, "path", "").startswith(HUB)
-    return {"rows": None if far else [live.load(split).rows for split in ("train", "test")], "digest": live.digest()}
+    return {"rows": None if far else [live.load(split).rows[:1000] for split in ("train", "test")], "digest": live.digest()}
 
 
 def task(live: Any, world: World) -> Any:

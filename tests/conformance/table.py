@@ -76,6 +76,24 @@ class Engine:
 FIXED = Row()
 COMMIT = {"path": "hub:owner/name", "revision": "a" * 40}
 
+OBJECTIVES = {
+    "causal": FIXED,
+    "masked": Row({"rate": 0.5, "masked": 0.5, "swapped": 0.2, "token": "<|user|>"}),
+    "prefix": FIXED,
+    "span-mixture": Row(
+        {
+            "r": [[5.0, 0.3]],
+            "s": Change(0.5, beside={"weights": [1.0, 9.0, 1.0]}),
+            "x": [[2.0, 0.4]],
+            "weights": [9.0, 1.0, 1.0],
+            "modes": ["a", "b", "c"],
+            "sentinel": "<extra_id_1{}>",
+        }
+    ),
+    "fill-middle": Row({"rate": 1.0, "suffix_first": 1.0, "split": "tokens", "tokens": ["<|user|>", "<|system|>", "<|assistant|>"]}),
+}
+"""What tunes and what pre-trains."""
+
 SLOTS: dict[str, Slot] = {
     # ------------------------------------------------------------------------------------------------- training
     "temper.train.schedules": Slot(
@@ -85,6 +103,8 @@ SLOTS: dict[str, Slot] = {
             "linear": Row({"warmup": 0.5, "floor": 0.5}),
             "cosine": Row({"warmup": 0.5, "floor": 0.5}),
             "warmup-stable-decay": Row({"warmup": 0.5, "decay": 0.5, "floor": 0.5}),
+            "rewarm": Row({"peak": 2.0, "warmup": 0.5, "begin": 0.5, "floor": 0.5}),
+            "one-cycle": Row({"rise": 0.3, "low": 0.5, "floor": 0.01, "momenta": "none"}),
         },
     ),
     "temper.train.optimizers": Slot(
@@ -92,17 +112,40 @@ SLOTS: dict[str, Slot] = {
         {
             "adamw": Row({"lr": 0.1, "betas": [0.5, 0.9], "eps": 0.1, "weight_decay": 0.5}),
             "sgd": Row({"lr": 0.1, "momentum": 0.5, "nesterov": True, "weight_decay": 0.5}),
+            "adafactor": Row({"lr": 0.1, "decay": -0.5, "eps": 10.0, "clip": 2.0, "weight_decay": 0.5}),
+            "muon": Row({"lr": 0.1, "momentum": 0.5, "betas": [0.5, 0.9], "weight_decay": 0.5}),
+            "lion": Row({"lr": 0.1, "betas": [0.0, 0.5], "weight_decay": 0.5}, {"lr": 1.0}),
+            "sgd-sai": Row({"lr": 0.1, "momentum": 0.5, "eps": 0.1, "normalised": False, "weight_decay": 0.5}),
+            "adamw-8bit": Row(
+                {"lr": 0.1, "betas": [0.5, 0.9], "eps": 0.1, "weight_decay": 0.5, "block": 3, "smallest": 8}, {"smallest": 1, "block": 2}
+            ),
+            "galore": Row(
+                {"lr": 0.1, "rank": 1, "gap": 2, "scale": 1.0, "betas": [0.5, 0.9], "eps": 0.1, "weight_decay": 0.5}, {"rank": 2}
+            ),
+            "sam": Row({"base": "adamw", "rho": 0.5, "adaptive": True}, {"base": "sgd"}),
+            "mezo": Row({"base": "adamw", "epsilon": 0.5, "estimator": "sign", "sparsity": 0.5}),
         },
     ),
-    "temper.train.objectives": Slot(experiments.objective, {"causal": FIXED}),
-    "temper.tune.loss": Slot(experiments.objective, {"causal": FIXED}),
+    "temper.train.averages": Slot(experiments.average, {"ema": Row({"decay": 0.5}), "tail": Row({"share": 0.5})}),
+    "temper.train.anchors": Slot(experiments.anchor, {"l2": Row({"strength": 0.5})}),
+    "temper.train.objectives": Slot(experiments.objective, OBJECTIVES),
+    "temper.tune.loss": Slot(experiments.objective, OBJECTIVES),
     "temper.train.batching": Slot(
         experiments.batching,
         {
             "padded": Row({"size": 3, "accumulate": 2}, {"size": 4}),
-            "bucketed": Row({"size": 6, "tokens": 60}, {"size": 5}),
+            "bucketed": Row({"size": 6, "tokens": 60, "layout": "packed"}, {"size": 5}),
             "packed": Row({"length": 24, "size": 3, "accumulate": 2, "documents": "separate"}, {"length": 40, "size": 2}),
+            "best-fit": Row({"length": 24, "size": 3, "accumulate": 2}, {"length": 40, "size": 2}),
+            "decomposed": Row(
+                {"longest": 32, "shortest": 32, "tokens": 64, "accumulate": 2, "cycles": 1, "growth": 0.01},
+                {"longest": 64, "shortest": 8, "tokens": 128, "cycles": 3},
+            ),
         },
+    ),
+    "temper.train.feed": Slot(
+        experiments.feed,
+        {"shuffled": FIXED, "in-order": FIXED, "random-subset": Row({"fraction": 0.5, "replacement": True}, {"fraction": 0.3})},
     ),
     # --------------------------------------------------------------------------------------------------- models
     "temper.models.deltas.where": Slot(
@@ -141,8 +184,11 @@ SLOTS: dict[str, Slot] = {
                     "split": Change("more", beside={"path": "splits"}),
                     "name": Change("other", differs=("digest",), beside=COMMIT),
                     "revision": Change("b" * 40, differs=("digest",), beside=COMMIT),
+                    "streaming": True,
+                    "buffer": Change(3, differs=("digest",), beside={"streaming": True}),
+                    "test_count": Change(2, beside={"streaming": True}),
                 },
-                {"path": "text.jsonl", "holdout": 0.25},
+                {"path": "text.jsonl", "holdout": 0.25, "test_count": 4},
             ),
             "library": Row({"limit": 200_000, "holdout": 0.5, "piece": 1000}, {"limit": 100_000, "holdout": 0.2}),
             "task": Row(
@@ -179,7 +225,18 @@ SLOTS: dict[str, Slot] = {
     # ------------------------------------------------------------------------------------------------- pretrain
     "temper.pretrain.tokenizer": Slot(
         experiments.tokenizer,
-        {"byte-bpe": Row({"vocabulary": 280, "frequency": 30, "digits": False}, {"vocabulary": 320})},
+        {
+            "byte-bpe": Row(
+                {
+                    "vocabulary": 280,
+                    "frequency": 30,
+                    "digits": False,
+                    "reserve": ["mask"],
+                    "sentinels": Change(9, beside={"reserve": ["spans"], "vocabulary": 400}),
+                },
+                {"vocabulary": 320},
+            )
+        },
     ),
     "temper.pretrain.shape": Slot(
         experiments.shape,
@@ -197,7 +254,15 @@ SLOTS: dict[str, Slot] = {
                     "deviation": 0.5,
                 },
                 {"hidden": 32, "layers": 1, "heads": 2},
-            )
+            ),
+            "bert": Row(
+                {"hidden": 16, "layers": 2, "heads": 4, "feed_forward": 48, "positions": 96, "dropout": 0.5, "deviation": 0.5},
+                {"hidden": 32, "layers": 1, "heads": 2},
+            ),
+            "t5": Row(
+                {"hidden": 16, "layers": 2, "heads": 4, "feed_forward": 48, "dropout": 0.5, "distance": 20},
+                {"hidden": 32, "layers": 1, "heads": 2},
+            ),
         },
     ),
     # ---------------------------------------------------------------------------------------------------- align
@@ -259,8 +324,15 @@ LEARNING = {
     "evaluate_rows": Change(2, differs=("curve", "figures"), same=("files",), beside={"evaluate_every": 1}),
     "checkpoint_every": Change("none", NOTHING, same=("files", "curve")),
     "keep": Change([1], differs=("files",), same=("figures", "curve")),
+    "keep_best": Change(True, differs=("files",), same=("figures", "curve"), beside={"evaluate_every": 1}),
+    "distribute": Change("replicate", NOTHING, same=("files", "curve")),
+    "compile": Change("never", NOTHING, same=("files", "curve")),
+    "recompute": Change(True, NOTHING),
+    "range_test": 8,
+    "feed": "in-order",
     "optimizer": "sgd",
     "schedule": "constant",
+    "average": {"ema": {"decay": 0.5}},
 }
 """What every engine that trains has."""
 LEARN = {"updates": 2, "precision": "float32", "evaluate_every": "none", "checkpoint_every": 1, "batching": {"padded": {"size": 4}}}
@@ -293,12 +365,26 @@ ENGINES: dict[str, Engine] = {
             "batching": {"padded": {"size": 4}},
             "dtype": "bfloat16",
         },
-        methods={"causal": Method()},
+        methods={
+            "causal": Method(),
+            "ul2": Method(
+                small={
+                    "tokenizer": {"byte-bpe": {"vocabulary": 320, "sentinels": 20}},
+                    "shape": {"t5": {"hidden": 32, "layers": 1, "heads": 2}},
+                }
+            ),
+        },
     ),
     "tune": Engine(
         inputs={"model": "model", "data": "completion"},
         small=LEARN,
-        fields={**LEARNING, **CHANGES, "loss": "own.py:calm", "batching": {"packed": {"length": 32, "size": 4}}},
+        fields={
+            **LEARNING,
+            **CHANGES,
+            "loss": "own.py:calm",
+            "penalty": {"l2": {"strength": 10.0}},
+            "batching": {"packed": {"length": 32, "size": 4}},
+        },
         methods={name: Method() for name in ("full", "lora", "rslora", "dora", "olora", "pissa")},
     ),
     "align": Engine(
@@ -311,6 +397,7 @@ ENGINES: dict[str, Engine] = {
             "reward": Change("own.py:shortest", inputs=ASKED, beside={"source": ATTEMPTS}),
             "loss": ["dpo", "sft"],
             "likelihood": "mean",
+            "anchor": {"l2": {"strength": 10.0}},
             "batching": {"bucketed": {"size": 6}},
         },
         methods={"dpo": Method(), "length-normalized-dpo": Method(), "checked-dpo": Method(inputs=ASKED, small={"source": ATTEMPTS})},

@@ -21,7 +21,7 @@ from world import World, difference, run
 
 import temper
 from temper import parts
-from temper.context import Context, Track
+from temper.context import Track
 from temper.parts import Problem, Question
 from temper.train.learning import Learning
 
@@ -283,7 +283,8 @@ def test_a_state_that_is_not_whole_is_seen():
 
 @pytest.mark.parametrize("name", SLOTS["temper.train.optimizers"].parts)
 def test_an_optimizer_goes_on_from_its_state(name, world):
-    part = made("temper.train.optimizers", name, world)
+    slot = "temper.train.optimizers"
+    part = Tried(QUESTIONS[slot], made(slot, name, world), world)
     held = [[torch.nn.Parameter(drawn(3, 4)), torch.nn.Parameter(drawn(4, seed=1))] for _ in range(2)]
     built = [part.build(each) for each in held]
     descend(built[0], held[0], 6)
@@ -350,7 +351,7 @@ class Crash(Exception):
 
 def interrupted(world: World, engine: str, spec: Any, inputs: Mapping[str, str]) -> Any:
     """A run that breaks off, if it trains in its second update, and is taken up again in the same folder."""
-    context = Context.scratch(world.new())
+    context = world.scratch()
 
     def crash(track: Track) -> None:
         if track.done == 2 if track.unit == "update" else track.done and not isinstance(spec, Learning):

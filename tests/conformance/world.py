@@ -7,6 +7,7 @@ import functools
 import hashlib
 import itertools
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,8 @@ from temper.tasks.rows import Rows
 from temper.train.batching import Batch, collate
 from temper.train.examples import encode
 
+DEVICE = os.environ.get("TEMPER_DEVICE", "cpu")
+"""Where models are put and engines run."""
 LINE = "all of the words that are asked about come from this line so that there is more than enough to sort and reverse"
 TEXTS = [f"def f{n}(first, last):\n    return {n * n} + 2024 * 2024 # {' '.join(LINE.split()[n % 7 :: 1 + n % 4])}" for n in range(32)]
 
@@ -71,9 +74,13 @@ class World:
             self.outcomes[text] = make()
         return self.outcomes[text]
 
+    def scratch(self, seed: int = 0) -> Context:
+        """A context in a folder of its own."""
+        return dataclasses.replace(Context.scratch(self.new(), seed), device=DEVICE)
+
     def context(self, seed: int = 0) -> Context:
         """A context in a folder of its own, with what skeletons give before they start their slots."""
-        made = Context.scratch(self.new(), seed)
+        made = self.scratch(seed)
         made.give("model", self.fresh())
         made.give("tokenizer", self.tokenizer)
         made.give("inputs", None)
@@ -81,7 +88,7 @@ class World:
 
     @functools.cached_property
     def tokenizer(self) -> Any:
-        return ByteBPE(vocabulary=300)(TEXTS)
+        return ByteBPE(vocabulary=319, reserve=("mask", "spans", "middle"), sentinels=12)(TEXTS)
 
     @functools.cached_property
     def model(self) -> Artefact:
@@ -109,7 +116,7 @@ class World:
 
     def fresh(self) -> Any:
         """The model, loaded anew, to be changed at will."""
-        return io.load_model(self.model).requires_grad_(True)
+        return io.load_model(self.model, device=DEVICE).requires_grad_(True)
 
     # ------------------------------------------------------------------------------------------------------- data
 
@@ -140,7 +147,7 @@ class World:
         return self.sources[shape].load("train")
 
     def batch(self, shape: str = "completion", size: int = 6) -> Batch:
-        return collate(encode(self.given(shape), self.tokenizer, max_length=64)[:size])
+        return collate(encode(self.given(shape), self.tokenizer, max_length=64)[:size]).to(DEVICE)
 
     @functools.cached_property
     def scope(self) -> parts.Scope:
@@ -159,7 +166,7 @@ def run(world: World, engine: str, spec: Any, inputs: Mapping[str, str], seed: i
     hash of every file that counts as content; `figures`, without clock times; `curve`, likewise.
     """
     module = parts.engine(engine)
-    context = context or Context.scratch(world.new(), seed)
+    context = context or world.scratch(seed)
     given: dict[str, Any] = {}
     for role, word in inputs.items():
         takes = module.INPUTS[role]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
+import signal
 
 import pytest
 import torch
@@ -290,7 +292,7 @@ def test_the_seed_decides_dropout(run, llama, tmp_path):
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_a_loss_that_is_not_finite_names_update_and_rows_before_anything_changes(run, llama, examples, stream, bad):
+def test_a_loss_that_is_not_finite_names_update_and_rows_before_anything_changes(run, llama, examples, stream, bad, tmp_path):
     model = llama().double()
     seen = []
 
@@ -299,11 +301,16 @@ def test_a_loss_that_is_not_finite_names_update_and_rows_before_anything_changes
         seen.append(weights(model))
         return dataclasses.replace(result, total=result.total * bad) if batch.update == 2 else result
 
-    rows = ", ".join(str(row + 1) for row in Padded(size=4)(examples(completion=True), stream).update(2)[0].rows)
-    with pytest.raises(FloatingPointError, match=f"^update 3, rows {rows}: the loss is {bad}; lower the rate, or look at these rows$"):
-        run(model=model, loss=loss, updates=4)
+    (batch,) = Padded(size=4)(examples(completion=True), stream).update(2)
+    rows = ", ".join(str(row + 1) for row in batch.rows)
+    context = Context.scratch(tmp_path / "failing")
+    with pytest.raises(FloatingPointError, match=f"^update 3, rows {rows}: the loss is {bad}; lower the rate, or look at these rows; "):
+        run(model=model, loss=loss, updates=4, context=context)
     for name, one in weights(model).items():
         assert torch.equal(one, seen[2][name])
+    with safe_open(context.work / "failed/update-3-batch-1.safetensors", "pt") as file:
+        assert torch.equal(file.get_tensor("input_ids"), batch.input_ids)
+        assert file.metadata() == {"rows": f"[{rows}]"}
 
 
 def test_a_gradient_that_is_not_finite_is_told_apart(run):
@@ -321,6 +328,46 @@ def test_an_update_without_a_target_is_an_error(run, examples):
         one.supervised[1:] = False
     with pytest.raises(Problem, match=r"update 1, rows .*: no supervised token"):
         run(data=data)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_run_after_its_update_and_the_run_goes_on_from_there(run, llama, tmp_path, number):
+    whole, *_ = run(model=llama(), updates=5)
+    handler = signal.getsignal(number)
+
+    def loss(model, batch):
+        if batch.update == 1:
+            os.kill(os.getpid(), number)
+        return Causal()(model, batch)
+
+    context = Context.scratch(tmp_path / "stopped")
+    with pytest.raises(KeyboardInterrupt, match="stopped after update 2 of 5, which is checkpointed"):
+        run(model=llama(), loss=loss, updates=5, context=context)
+    assert signal.getsignal(number) is handler
+    model, history, _ = run(model=llama(), updates=5, context=context)
+    assert history.resumed == 2
+    assert_same(model, whole)
+
+
+def test_the_best_model_by_held_out_loss_is_kept(run, llama, tmp_path):
+    losses = {1: 3.0, 2: 2.0, 3: 2.5, 4: 2.0}
+    seen, kept = [], []
+
+    def evaluate(model):
+        seen.append(weights(model))
+        return {"heldout_loss": losses[len(seen)]}
+
+    model = llama()
+
+    def on_keep(name, folder):
+        kept.append(weights(model))
+        (folder / "loss").write_text(str(losses[len(seen)]))
+
+    *_, context = run(model=model, updates=4, evaluate=evaluate, evaluate_every=1, keep_best=True, on_keep=on_keep)
+    assert (context.work / "kept/best/loss").read_text() == "2.0"
+    assert len(kept) == 2
+    for name, one in kept[-1].items():
+        assert torch.equal(one, seen[1][name])
 
 
 def test_nothing_to_train_is_an_error(llama):
@@ -376,7 +423,7 @@ def test_an_adapter_trains_alone_and_alone_is_kept(run, llama):
     changed = {name for name, one in weights(model).items() if not torch.equal(one, before[name])}
     assert changed
     assert all("lora" in name for name in changed)
-    with safe_open(context.work / "kept" / "2" / "tensors.safetensors", "pt") as file:
+    with safe_open(context.work / "kept" / "2" / "tensors-0.safetensors", "pt") as file:
         assert all("lora" in name for name in file.keys() if "model" in name)  # noqa: SIM118
 
 

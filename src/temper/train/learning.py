@@ -2,33 +2,46 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import math
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from temper.lazy import torch
 from temper.parts import Count, Problem, Rate, Spec, spec
 from temper.passport import Figure, Passport
+from temper.train import compiling, distribution
 from temper.train import precision as formats
+from temper.train.batching import can_separate, planned
+from temper.train.compiling import compiled
 from temper.train.examples import encode
+from temper.train.faster import faster
 from temper.train.heldout import heldout
-from temper.train.loop import History, how_long, train, trainable
+from temper.train.loop import Closure, History, how_long, train, trainable
+from temper.train.measuring import seconds
+from temper.train.range_test import range_test, set_rate
 
 if TYPE_CHECKING:
     from temper.context import Context
     from temper.parts import Live
     from temper.tasks.rows import Rows
-    from temper.train.batching import Batch
+    from temper.train.anchors import Anchoring
+    from temper.train.batching import Batch, Plan
     from temper.train.examples import Encoded
     from temper.train.objectives import Sum
 
 
+TRAINING = ("batching", "feed", "optimizer", "schedule", "average")
+"""Slots that every engine has that trains, besides its own."""
+
+
 @spec
 class Learning(Spec):
-    """The settings of every engine that trains. Each has the slots `batching`, `optimizer` and `schedule` besides its own."""
+    """The settings of every engine that trains; its slots are in `TRAINING`."""
 
     epochs: Rate | None = None
     """Times that the training data are gone through; 1 where neither updates nor tokens are given."""
@@ -39,6 +52,9 @@ class Learning(Spec):
     max_length: Count | None = 1024
     """Tokens of an example at most, and never more than the model takes. Longer text goes on in another example, anything else
     loses its end."""
+    range_test: Count | None = None
+    """Updates of a probe before the run, in which the rate rises from 1e-6 to 1 (Smith 2017); a tenth of the rate that still lowers the
+    loss replaces the optimizer's own. none: no probe."""
     clip: Rate | None = 1.0
     """Greatest norm of an update's gradient; none: any."""
     precision: Literal["auto", "float32", "bf16"] = "auto"
@@ -51,6 +67,15 @@ class Learning(Spec):
     """Updates between two checkpoints to go on from after a crash, besides the one a minute."""
     keep: tuple[Count, ...] = ()
     """Updates after which the model is kept, for later steps to name: `tune@500`."""
+    keep_best: bool = False
+    """Whether the model of the lowest held-out loss is kept, for later steps to name: `tune@best`."""
+    distribute: Literal["auto", "replicate", "shard"] = "auto"
+    """How several processes share the model: each has all of it, or its part of every block (FSDP2). auto: parts where the whole
+    would fill over half of a GPU."""
+    compile: Literal["auto", "always", "never"] = "auto"
+    """Whether `torch.compile` takes the model's blocks. auto: where fused kernels do not, the run is long enough, and a try pays back."""
+    recompute: bool = False
+    """Whether activations inside blocks are computed again in the backward pass, not kept: less memory, about a third more time."""
 
     def __post_init__(self) -> None:
         lengths = {"updates": self.updates, "epochs": self.epochs, "tokens": self.tokens}
@@ -59,6 +84,8 @@ class Learning(Spec):
             raise Problem(f"{' and '.join(given)}: a run's length is given once; leave one out")
         if self.updates is not None and (late := [one for one in self.keep if one > self.updates]):
             raise Problem(f"keep {late[0]}: the run ends after update {self.updates}; keep an earlier one, or train longer")
+        if self.keep_best and self.evaluate_every is None:
+            raise Problem("keep_best: the held-out loss is never measured; give `evaluate_every`")
 
 
 def check_readable(model: Passport, data: Passport) -> None:
@@ -105,6 +132,18 @@ def precision_of(spec: Learning, model: Any, context: Context) -> formats.Precis
     return context.decide("precision", lambda: formats.choose(model, context.device), subject)
 
 
+def home(spec: Learning, model: Passport, context: Context) -> str:
+    """The device that a model is loaded to: this process's, or the processor where it is to be sharded."""
+    return "cpu" if _spreading(spec, model.parameters or 0, context) == "shard" else context.device
+
+
+def _spreading(spec: Learning, parameters: int, context: Context) -> distribution.Kind:
+    """How the run's processes share a model, as asked or chosen."""
+    if spec.distribute != "auto":
+        return spec.distribute
+    return context.decide("distribute", lambda: distribution.choose(parameters, context.world, context.device))
+
+
 def learn(
     model: Any,
     examples: Encoded,
@@ -114,45 +153,177 @@ def learn(
     live: Live,
     context: Context,
     held: Sequence[Any] | None = None,
+    anchor: Anchoring | None = None,
     save: Callable[[Path], None],
 ) -> dict[str, Figure]:
     """Trains `model` in place as `spec` says; see `loop.train`. Returns the figures of a training step.
 
-    live: the started slots, `optimizer`, `schedule` and `batching` among them. held: examples of the held-out loss.
-    save: writes the model as it is into a folder, for `spec.keep`.
+    live: the started slots; those of training are `batching`, `feed`, `optimizer`, `schedule` and `average`. held: examples of the held-out
+    loss. anchor: a term on the parameters beside the loss. save: writes the model as it is into a folder, for `spec.keep`.
     """
-    plan = live.batching(examples, context.stream("batching"))
-    epochs = spec.tokens / examples.tokens if spec.tokens is not None else spec.epochs
-    updates = how_long(plan, updates=spec.updates, epochs=epochs or (None if spec.updates else 1.0))
+    plan = planned(live.batching, examples, context.stream("batching"), live.feed)
+    epochs = spec.tokens / examples.tokens if spec.tokens is not None and plan.updates_per_epoch is not None else spec.epochs
+    count = math.ceil(spec.tokens / plan.tokens_per_update) if spec.tokens is not None and epochs is None else spec.updates
+    updates = how_long(plan, updates=count, epochs=epochs or (None if count else 1.0))
     _fits(model, plan.update(0))
     precision = precision_of(spec, model, context)
-    history = train(
-        model,
-        plan,
-        loss,
-        optimizer=live.optimizer.build(trainable(model, live)),
-        schedule=live.schedule,
-        updates=updates,
-        context=context,
-        live=live,
-        clip=spec.clip,
-        precision=precision,
-        evaluate=heldout(held, loss, device=context.device, precision=precision) if held else None,
-        evaluate_every=spec.evaluate_every,
-        checkpoint_every=spec.checkpoint_every,
-        keep=spec.keep,
-        on_keep=lambda _, folder: save(folder / "model"),
-    )
+    kind = _spreading(spec, sum(one.numel() for one in model.parameters()), context)
+    spread = distribution.spread(model, context.world, kind, context.device)
+    with contextlib.ExitStack() as ways:
+        ways.enter_context(_advising(spec))
+        if spec.recompute:
+            ways.enter_context(recomputing(spread.model))
+        fused = ways.enter_context(faster(spread.model, device=context.device, note=context.note))
+        plan = _laid_out(plan, spread.model, loss, updates, precision, fused, context)
+        if _compiles(spec, plan, spread.model, loss, updates, precision, fused, context):
+            ways.enter_context(compiled(spread.model))
+        optimizer = live.optimizer.build(trainable(spread.model, live))
+        if spec.range_test is not None:
+            _find_rate(optimizer, plan, spread, loss, spec, live, precision, anchor, context)
+        history = train(
+            model,
+            plan,
+            loss,
+            optimizer=optimizer,
+            schedule=live.schedule,
+            updates=updates,
+            context=context,
+            live=live,
+            clip=spec.clip,
+            precision=precision,
+            evaluate=heldout(held, loss, device=context.device, precision=precision) if held else None,
+            evaluate_every=spec.evaluate_every,
+            checkpoint_every=spec.checkpoint_every,
+            keep=spec.keep,
+            keep_best=spec.keep_best,
+            on_keep=lambda _, folder: save(folder / "model"),
+            average=live.average,
+            anchor=anchor,
+            spread=spread,
+        )
     live.close()
-    _bring_out(context)
+    if context.world.main:
+        _bring_out(context)
     return _figures(history, len(held or ()))
+
+
+_RATES = 1e-6, 1.0
+"""Lowest and highest rate that a range test tries."""
+
+
+def _find_rate(
+    optimizer: Any,
+    plan: Plan,
+    spread: distribution.Spread,
+    loss: Any,
+    spec: Learning,
+    live: Live,
+    precision: Any,
+    anchor: Any,
+    context: Context,
+) -> None:
+    """Gives the optimizer the rate that a range test suggests: a probe before the run, of which nothing stays but the rate."""
+
+    def build() -> Any:
+        return live.optimizer.build(trainable(spread.model, live))
+
+    def closure(optimizer: Any, update: int) -> Closure:
+        pieces = distribution.deal(_there(plan.update(update), context), context.world.rank, context.world.size)
+        stream, failed = context.stream("range test"), context.work / "failed"
+        return Closure(spread, loss, optimizer, update, pieces, stream, spec.clip, precision, anchor, failed)
+
+    found = None
+    if context.world.tell("rate" not in context.decisions()):
+        assert spec.range_test is not None
+        low, high = _RATES
+        found = range_test(spread.model, build, closure, low=low, high=high, updates=spec.range_test, live=live)
+    set_rate(optimizer, context.decide("rate", lambda: (found.suggested, found.reason) if found else (0.0, "")))
+
+
+_WORTH_MEASURING = 100  # updates of a run in which measuring a few more costs little
+
+
+def _laid_out(plan: Plan, model: Any, loss: Any, updates: int, precision: formats.Precision, fused: bool, context: Context) -> Plan:
+    """The plan with one layout: of several the one that this machine computes fastest."""
+    layouts: dict[str, Plan] = getattr(plan, "layouts", {})
+    if len(layouts) < 2:
+        return plan
+
+    def choose() -> tuple[str, str]:
+        if fused:
+            return "rows", "padding is left out of what is computed"
+        if updates < _WORTH_MEASURING:
+            return "rows", f"{updates} updates are too few to pay for measuring"
+        able = [name for name in layouts if name == "rows" or can_separate(model, 1 if name == "flat" else 2)]
+        taken = {name: seconds(model, loss, _there(layouts[name].update(0), context), precision) for name in able}
+        told = ", ".join(f"{name} {1000 * one:.0f} ms" for name, one in taken.items())
+        return min(taken, key=taken.__getitem__), f"an update's passes take: {told}"
+
+    subject = f"{formats.typical(model)}, {plan.tokens_per_update:.0f} tokens an update, {precision}, {context.device}"
+    return plan.chosen(context.decide("layout", choose, f"{subject}, torch {torch.version.__version__}"))  # type: ignore[attr-defined]
+
+
+def _compiles(
+    spec: Learning, plan: Plan, model: Any, loss: Any, updates: int, precision: formats.Precision, fused: bool, context: Context
+) -> bool:
+    """Whether the model's blocks run compiled, as asked or chosen."""
+    if spec.compile != "auto":
+        return spec.compile == "always"
+
+    def choose() -> tuple[bool, str]:
+        if fused:
+            return False, "layers are computed by fused nodes already"
+        if context.world.size > 1:
+            return False, "not tried on several processes; `compile: always` asks for it"
+        return compiling.choose(model, loss, _there(plan.update(0), context), updates, precision)
+
+    subject = f"{formats.typical(model)}, {updates} updates of {plan.tokens_per_update:.0f} tokens, {precision}, {context.device}"
+    return context.decide("compile", choose, f"{subject}, torch {torch.version.__version__}")
+
+
+def _there(batches: Sequence[Batch], context: Context) -> list[Batch]:
+    return [one.to(context.device) for one in batches]
+
+
+@contextlib.contextmanager
+def recomputing(model: Any) -> Iterator[None]:
+    """Within, the model's blocks compute their activations again in the backward pass."""
+    if not getattr(model, "supports_gradient_checkpointing", False):
+        raise Problem(f"{type(model).__name__} cannot compute its activations again; use `recompute: false`", ("recompute",))
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    try:
+        yield
+    finally:
+        model.gradient_checkpointing_disable()
+
+
+@contextlib.contextmanager
+def _advising(spec: Learning) -> Iterator[None]:
+    """Says which settings to change where memory runs out."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not (isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)):
+            raise
+        batching: Any = spec.batching  # type: ignore[attr-defined]
+        sizes = [f"{name} {value}" for name in ("tokens", "size", "length") if (value := getattr(batching, name, None)) is not None]
+        advice = [f"a smaller micro-batch (`batching` has {' and '.join(sizes)})"] if sizes else ["a smaller micro-batch"]
+        advice += [f"a smaller max_length (now {spec.max_length})"] if spec.max_length else []
+        advice += ["`recompute: true`"] if not spec.recompute else []
+        advice += ["`precision: bf16`"] if spec.precision == "float32" else []
+        raise MemoryError(f"out of memory; give {', or '.join(advice)}. The run goes on from its last checkpoint ({error})") from error
 
 
 def _fits(model: Any, batches: Sequence[Batch]) -> None:
     most = _positions(model)
-    longest = max(batch.input_ids.shape[1] for batch in batches)
+    longest = max(_reach(batch) for batch in batches)
     if most and longest > most:
         raise Problem(f"the model takes {most} tokens and a batch is {longest} long; give a smaller max_length, or shorter packed rows")
+
+
+def _reach(batch: Batch) -> int:
+    """How many positions a batch asks of the model."""
+    return batch.input_ids.shape[1] if batch.position_ids is None else int(batch.position_ids.max()) + 1
 
 
 def _bring_out(context: Context) -> None:

@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import dataclasses
+import json
 import math
+import signal
+import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from temper.lazy import torch
+from temper.context import write
+from temper.lazy import safetensors_torch, torch
 from temper.parts import Problem, Progress
 from temper.train import checkpoints
+from temper.train.distribution import Piece, Spread, deal, is_sharded, local
 from temper.train.precision import Precision, autocast
+from temper.train.schedules import set_rates
 
 if TYPE_CHECKING:
     from temper.context import Context, Stream
     from temper.parts import Live
+    from temper.train.anchors import Anchoring
+    from temper.train.averages import Averaging
     from temper.train.batching import Batch, Plan
     from temper.train.objectives import Sum
 
@@ -26,14 +35,15 @@ if TYPE_CHECKING:
 class History:
     """What a run did. updates, tokens (padding not counted), seconds: of the whole run, earlier sessions included.
 
-    resumed: the update after which this session went on; 0 for a fresh start. rows: the run's curve, a row an update (`step`
-    counts from 1) and a row an evaluation.
+    resumed: the update after which this session went on; 0 for a fresh start. best: the lowest held-out loss so far. rows: the run's
+    curve, a row an update (`step` counts from 1) and a row an evaluation.
     """
 
     updates: int = 0
     tokens: int = 0
     seconds: float = 0.0
     resumed: int = 0
+    best: float = math.inf
     rows: list[dict[str, Any]] = dataclasses.field(default_factory=list)
 
 
@@ -54,47 +64,80 @@ def train(
     checkpoint_every: int | None = None,
     checkpoint_seconds: float = 60.0,
     keep: Collection[int] = (),
-    on_keep: Callable[[int, Path], None] | None = None,
+    keep_best: bool = False,
+    on_keep: Callable[[str, Path], None] | None = None,
+    average: Averaging | None = None,
+    anchor: Anchoring | None = None,
+    spread: Spread | None = None,
 ) -> History:
     """Trains `model` in place for `updates` updates, going on from the newest whole checkpoint in `context.work`.
 
     plan: micro-batches by update. loss: `(model, batch) -> Sum`; an update descends the sum over its micro-batches divided by its
-    count, so k micro-batches of b are one of kb. optimizer: over `trainable(model, live)`; called as `step(closure)`. schedule:
-    progress 0..1 -> multiplier of the optimizer's rate. live: the started slots, told of the progress before each update and kept
-    in checkpoints. clip: greatest global norm of the gradient of the mean loss, or None. evaluate: called every `evaluate_every`
-    updates and after the last, in evaluation mode without gradients; its figures join the curve. A checkpoint is
-    written every `checkpoint_every` updates, `checkpoint_seconds` after the last, and at the end; `keep` names updates whose state
-    stays in `context.work/kept/<update>`, filled by `on_keep(update, folder)` where given, else with a checkpoint.
+    count, so k micro-batches of b are one of kb, on one process or on several. optimizer: over `trainable(spread.model, live)`;
+    called as `step(closure)`. schedule: progress 0..1 -> multiplier of the optimizer's rate. live: the started slots, told of the
+    progress before each update and kept in checkpoints. clip: greatest global norm of the gradient of the mean loss, or None.
+    evaluate: called every `evaluate_every` updates and after the last, in evaluation mode without gradients; its figures join the
+    curve. average: of the weights after every update; evaluated, kept, and left in the model at the end. anchor: a term on the
+    parameters beside the loss. spread: the model over the processes of `context.world`; None: this process alone.
+
+    A checkpoint is written every `checkpoint_every` updates, `checkpoint_seconds` after the last, and at the end. `keep` names
+    updates whose model stays in `context.work/kept/<name>`, filled by `on_keep(name, folder)` where given, else with what was
+    learnt; under `keep_best` that of the lowest `heldout_loss` stays as `best`.
 
     The same seed gives the same weights, bit for bit on one machine, however often the run was interrupted: batches and dropout
-    depend on the update alone. Raises FloatingPointError where a loss or gradient is not finite, before any weight changes.
+    depend on the update alone. Raises FloatingPointError where a loss or gradient is not finite, before any weight changes; the
+    batch is in `context.work/failed`. On SIGINT or SIGTERM the update is finished, a checkpoint written, and KeyboardInterrupt raised.
     """
-    if late := sorted(update for update in keep if not 0 < update <= updates):
-        raise Problem(f"update {late[0]} cannot be kept; the run has updates 1 to {updates}")
-    saved = checkpoints.Checkpoints(context.work / "checkpoints", context.note)
-    history = History()
+    if beyond := sorted(update for update in keep if not 0 < update <= updates):
+        raise Problem(f"update {beyond[0]} cannot be kept; the run has updates 1 to {updates}")
+    spread, world = spread or Spread(model), context.world
+    run = Run(spread.model, optimizer, live, plan, updates)
+    saved = checkpoints.Checkpoints(context.work / "checkpoints", context.note, group=world.group)
     for group in optimizer.param_groups:
         group.setdefault("initial_lr", group["lr"])
-    if found := saved.load():
-        history = _restore(found, updates, model, optimizer, live)
+    history = run.restore(found) if (found := saved.load(run.place)) else History()
     context.rewind(history.updates + 1)
+    if world.main:
+        checkpoints.mend(context.work / "kept")
 
-    device, stream = optimizer.param_groups[0]["params"][0].device, context.stream("model")
+    parameters = [one for group in optimizer.param_groups for one in group["params"]]
+
+    def averaged() -> contextlib.AbstractContextManager[None]:
+        return average.swap(parameters) if average is not None else contextlib.nullcontext()
+
+    def kept(name: str) -> None:
+        with averaged():
+            spread.collect(model)
+            if world.main:
+                with checkpoints.whole(context.work / "kept" / name) as beside:
+                    on_keep(name, beside) if on_keep else checkpoints.fill(beside, {"model": learnt(model)})
+            world.wait()
+
+    device, stream = parameters[0].device, context.stream("model")
     begun, checkpointed = time.monotonic() - history.seconds, time.monotonic()
-    with _training(model, device), context.track(updates, unit="update") as bar:
+    with (
+        _training(spread.model, device),
+        _Interrupts() as interrupts,
+        contextlib.closing(saved),
+        contextlib.closing(_Ahead(plan, world, device, history.updates, updates)) as ahead,
+        context.track(updates, unit="update") as bar,
+    ):
         bar.resume(history.updates)
         for update in range(history.updates, updates):
             if live is not None:
                 live.advance(Progress(update, updates, history.tokens))
-            multiplier = schedule((update + 0.5) / updates)
-            for group in optimizer.param_groups:
-                group["lr"] = group["initial_lr"] * multiplier
+            set_rates(optimizer, schedule, (update + 0.5) / updates)
 
-            batches = [batch.to(device) for batch in plan.update(update)]
-            closure = Closure(model, loss, optimizer, update, batches, stream, clip, precision)
+            pieces, tokens = ahead.take(update)
+            closure = Closure(spread, loss, optimizer, update, pieces, stream, clip, precision, anchor, context.work / "failed")
+            saved.staged()  # the last checkpoint's copy is whole before a weight changes
             optimizer.step(closure)
+            if average is not None:
+                average.update(parameters, (update + 1) / updates)
+            if update == history.resumed:
+                saved.prepare(run.state(history))  # now that the optimizer has its state
 
-            done, tokens = update + 1, sum(batch.tokens for batch in batches)
+            done = update + 1
             history.updates, history.tokens, history.seconds = done, history.tokens + tokens, time.monotonic() - begun
             lr, seconds = optimizer.param_groups[0]["lr"], round(history.seconds, 3)
             context.log(done, **closure.figures, lr=lr, tokens=history.tokens, seconds=seconds)
@@ -102,20 +145,27 @@ def train(
 
             last = done == updates
             if evaluate is not None and (last or (evaluate_every and done % evaluate_every == 0)):
-                model.eval()
-                with torch.no_grad():
-                    context.log(done, **evaluate(model))
-                model.train()
-            if done in keep and not (folder := context.work / "kept" / str(done)).exists():
-                with checkpoints.whole(folder) as beside:
-                    if on_keep is not None:
-                        on_keep(done, beside)
-                    else:
-                        checkpoints.fill(beside, _state(history, updates, model, optimizer, live))
-            due = checkpoint_every and done % checkpoint_every == 0
-            if last or due or time.monotonic() - checkpointed >= checkpoint_seconds:
-                saved.save(done, _state(history, updates, model, optimizer, live))
+                spread.model.eval()
+                with torch.no_grad(), averaged():
+                    measured = world.tell(dict(evaluate(spread.model)))
+                spread.model.train()
+                context.log(done, **measured)
+                if keep_best and measured["heldout_loss"] < history.best:
+                    history.best = measured["heldout_loss"]
+                    kept("best")
+            if done in keep and world.tell(not (context.work / "kept" / str(done)).exists()):
+                kept(str(done))
+            stop, late = world.agree(interrupts.asked, time.monotonic() - checkpointed >= checkpoint_seconds)
+            if last or stop or late or (checkpoint_every and done % checkpoint_every == 0):
+                saved.save(done, run.state(history), lazy=("model", "optimizer"))
                 checkpointed = time.monotonic()
+            if stop and not last:
+                saved.wait()
+                raise KeyboardInterrupt(f"stopped after update {done} of {updates}, which is checkpointed")
+        saved.wait()
+    if average is not None:
+        average.put(parameters)
+    spread.collect(model)
     history.rows = context.curve()
     return history
 
@@ -132,6 +182,52 @@ def _training(model: Any, device: torch.device) -> Iterator[None]:
             model.train(before)
 
 
+class _Interrupts:
+    """Within, the first SIGINT or SIGTERM is only noted, so that an update is never half done; the second one interrupts."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> _Interrupts:
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: Any) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+
+
+class _Ahead:
+    """An update's pieces on the device, made by a thread while the update before is computed."""
+
+    def __init__(self, plan: Plan, world: Any, device: torch.device, first: int, last: int):
+        self._plan, self._world, self._device, self._last = plan, world, device, last
+        self._pool = concurrent.futures.ThreadPoolExecutor(1, "batches")
+        self._next = self._pool.submit(self._make, first)
+
+    def take(self, update: int) -> tuple[list[Piece], int]:
+        """The pieces of an update and how many tokens it has on all processes; updates are taken in turn."""
+        made = self._next.result()
+        if update + 1 < self._last:
+            self._next = self._pool.submit(self._make, update + 1)
+        return made
+
+    def _make(self, update: int) -> tuple[list[Piece], int]:
+        batches = self._plan.update(update)
+        pieces = deal(batches, self._world.rank, self._world.size)
+        return [dataclasses.replace(one, batch=one.batch.to(self._device)) for one in pieces], sum(one.tokens for one in batches)
+
+    def close(self) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+
 # ----------------------------------------------------------------------------------------------------- one update
 
 
@@ -143,63 +239,89 @@ class Closure:
     dropout masks, so an optimizer's passes see one function. figures: loss, extras and gradient norm of the first pass, for the curve.
     """
 
-    model: Any
+    spread: Spread
     loss: Callable[[Any, Batch], Sum]
     optimizer: torch.optim.Optimizer
     update: int
-    batches: list[Batch]
+    pieces: list[Piece]
     stream: Stream
     clip: float | None
     precision: Precision
+    anchor: Anchoring | None
+    failed: Path
     figures: dict[str, float] = dataclasses.field(default_factory=dict)
 
     def __call__(self) -> Any:
-        learning = torch.is_grad_enabled()
+        learning, device = torch.is_grad_enabled(), self.pieces[0].batch.input_ids.device
         self.optimizer.zero_grad()
         totals, count, extras = [], 0, dict[str, Any]()
-        for micro, batch in enumerate(self.batches):
-            _seed(batch.input_ids.device, self.stream.seed(self.update, micro))
-            with autocast(batch.input_ids.device.type, self.precision):
-                result = self.loss(self.model, batch)
+        for place, piece in enumerate(self.pieces):
+            _seed(device, self.stream.seed(self.update, piece.number))
+            with autocast(device.type, self.precision):
+                result = self.loss(self.spread.model, piece.batch)
+            total = result.total if piece.counts else result.total * 0
             if learning:
-                result.total.backward()
-            totals.append(result.total.detach())
-            count += result.count
+                self.spread.syncs(place + 1 == len(self.pieces))
+                total.backward()
+            totals.append(total.detach())
+            count += result.count * piece.counts
             for name, value in result.extras.items():
-                extras[name] = extras.get(name, 0.0) + torch.as_tensor(value).detach()
-        if count == 0:
-            raise Problem(f"{self._where(self.batches)}: no supervised token; give larger updates, or leave out rows without any")
-        figures = {name: value / count for name, value in extras.items()}
-        if learning:
-            figures["grad_norm"] = self._scale(count)
-        # The update's one wait for the device.
-        measured = torch.stack([one.to(totals[0].device, torch.float32) for one in (*totals, *figures.values())]).tolist()
-        sums, rest = measured[: len(totals)], dict(zip(figures, measured[len(totals) :]))
-        for batch, value in zip(self.batches, sums, strict=True):
-            self._finite(value, "the loss", [batch])
-        self._finite(rest.get("grad_norm", 0.0), "the gradient's norm", self.batches)
-        self.figures = self.figures or {"loss": sum(sums) / count, **rest}
-        return torch.stack(totals).sum() / count
+                extras[name] = extras.get(name, 0.0) + torch.as_tensor(value, device=device).detach() * piece.counts
 
-    def _scale(self, count: int) -> torch.Tensor:
+        # Over all processes.
+        sums = torch.stack([one.to(device, torch.float64) for one in (torch.stack(totals).sum(), torch.tensor(count), *extras.values())])
+        if self.spread.world.size > 1:
+            sums = self.spread.world.sum(sums)
+            count = int(sums[1].item())
+        if count == 0:
+            raise Problem(f"{self._where(self.pieces)}: no supervised token; give larger updates, or leave out rows without any")
+        parameters = [one for group in self.optimizer.param_groups for one in group["params"]]
+        if learning:
+            self.spread.reduce(parameters)
+        term = self.anchor(parameters, count) if self.anchor is not None else None
+        norm = self._scale(parameters, count) if learning else None
+        # The update's one wait for the device.
+        found = torch.cat([sums, torch.stack([*totals, norm] if norm is not None else totals).to(sums)]).tolist()
+        mean, figures = found[0] / count, {name: value / count for name, value in zip(extras, found[2:])}
+        each = found[len(sums) : len(sums) + len(totals)]
+        for piece, value in zip(self.pieces, each, strict=True):
+            self._finite(value, "the loss", [piece])
+        self._finite(mean, "the loss of another process", [])
+        if norm is not None:
+            figures["grad_norm"] = found[-1]
+            self._finite(found[-1], "the gradient's norm", self.pieces)
+        if term is not None:
+            figures["anchor"] = float(term)
+        self.figures = self.figures or {"loss": mean, **figures}
+        return sums[0] / count + (term.to(sums) if term is not None else 0.0)
+
+    def _scale(self, parameters: Sequence[torch.nn.Parameter], count: int) -> torch.Tensor:
         """Turns the gradient of the sum into that of the mean and clips it, in one go; gives the mean's norm before clipping.
 
         So the count need not be known before the passes.
         """
-        gradients = [one.grad for group in self.optimizer.param_groups for one in group["params"] if one.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients) / count
+        gradients = [one.grad for one in parameters if one.grad is not None]
+        norm = self.spread.norm(gradients) / count
         factor = torch.ones_like(norm) if self.clip is None else (self.clip / (norm + 1e-6)).clamp(max=1.0)
-        torch._foreach_mul_(gradients, factor / count)  # pyright: ignore[reportPrivateImportUsage]
+        torch._foreach_mul_(local(gradients), factor / count)  # pyright: ignore[reportPrivateImportUsage]
         return norm
 
-    def _finite(self, value: float, what: str, batches: Sequence[Batch]) -> None:
-        if not math.isfinite(value):
-            raise FloatingPointError(f"{self._where(batches)}: {what} is {value}; lower the rate, or look at these rows")
+    def _finite(self, value: float, what: str, pieces: Sequence[Piece]) -> None:
+        if math.isfinite(value):
+            return
+        for piece in pieces:
+            tensors = {name: one for name, one in vars(piece.batch).items() if isinstance(one, torch.Tensor)}
+            about = {"rows": json.dumps([row + 1 for row in piece.batch.rows])}
+            name = f"update-{self.update + 1}-batch-{piece.number + 1}.safetensors"
+            write(self.failed / name, safetensors_torch.save({key: one.cpu().contiguous() for key, one in tensors.items()}, about))
+        kept = f"; what the model was given is in {self.failed}" if pieces else ""
+        raise FloatingPointError(f"{self._where(pieces)}: {what} is {value}; lower the rate, or look at these rows{kept}")
 
-    def _where(self, batches: Sequence[Batch]) -> str:
+    def _where(self, pieces: Sequence[Piece]) -> str:
         """The update and its rows of the data, both counted from 1; the first sixteen rows."""
-        rows = list(dict.fromkeys(row + 1 for batch in batches for row in batch.rows))
-        return f"update {self.update + 1}, rows {', '.join(map(str, rows[:16]))}{', ...' if len(rows) > 16 else ''}"
+        rows = list(dict.fromkeys(row + 1 for piece in pieces for row in piece.batch.rows))
+        named = f", rows {', '.join(map(str, rows[:16]))}{', ...' if len(rows) > 16 else ''}" if rows else ""
+        return f"update {self.update + 1}{named}"
 
 
 def _seed(device: torch.device, seed: int) -> None:
@@ -212,39 +334,65 @@ def _seed(device: torch.device, seed: int) -> None:
 # ------------------------------------------------------------------------------------------------------ the state
 
 
-def _tensors(model: Any) -> dict[str, torch.Tensor]:
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """All of a run that a checkpoint holds."""
+
+    model: Any
+    optimizer: torch.optim.Optimizer
+    live: Live | None
+    plan: Plan
+    updates: int
+
+    def state(self, history: History) -> dict[str, Any]:
+        state = {
+            "run": {"of": self.updates, "tokens": history.tokens, "seconds": history.seconds, "best": history.best},
+            "model": learnt(self.model),
+            "optimizer": self.optimizer.state_dict(),
+            "live": self.live.state_dict() if self.live is not None else {},
+        }
+        if hasattr(self.plan, "state_dict"):
+            state["plan"] = self.plan.state_dict(history.updates)  # type: ignore[attr-defined]
+        return state
+
+    def place(self, path: tuple[str | int, ...], tensor: torch.Tensor) -> torch.Tensor:
+        """Where a checkpoint's tensor is read into: of a sharded parameter and of its state only this process's shard."""
+        own: torch.Tensor | None = None
+        match path:
+            case ("model", name):
+                own = learnt(self.model).get(str(name))
+            case ("optimizer", "state", int(index), _):
+                own = [one for group in self.optimizer.param_groups for one in group["params"]][index]
+        if own is not None and is_sharded(own) and own.shape == tensor.shape:
+            return torch.empty_like(own, dtype=tensor.dtype)
+        return torch.empty_like(tensor, device="cpu")
+
+    def restore(self, found: tuple[int, dict[str, Any]]) -> History:
+        """Puts a checkpoint's state back, whatever the number of processes that wrote it, and gives the history up to it."""
+        done, state = found
+        own, run = learnt(self.model), state["run"]
+        shapes = [{name: tuple(one.shape) for name, one in tensors.items()} for tensors in (own, state["model"])]
+        if shapes[0] != shapes[1] or run["of"] != self.updates:
+            raise Problem(
+                f"the checkpoint after update {done} is of another run ({run['of']} updates of {len(state['model'])} tensors; "
+                f"here {self.updates} of {len(own)}, or of other shapes); give this run a work folder of its own"
+            )
+        with torch.no_grad():
+            for name, one in own.items():
+                one.copy_(state["model"][name])
+        if self.live is not None:
+            self.live.load_state_dict(state["live"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if "plan" in state:
+            self.plan.load_state_dict(state["plan"])  # type: ignore[attr-defined]
+        return History(done, run["tokens"], run["seconds"], resumed=done, best=run["best"])
+
+
+def learnt(model: Any) -> dict[str, torch.Tensor]:
     """What training may change in a model: its trainable parameters and the buffers that are saved with it."""
     saved = model.state_dict().keys()
-    learnt = {name: one for name, one in model.named_parameters() if one.requires_grad}
-    return {**learnt, **{name: one for name, one in model.named_buffers() if name in saved}}
-
-
-def _state(history: History, updates: int, model: Any, optimizer: torch.optim.Optimizer, live: Live | None) -> dict[str, Any]:
-    return {
-        "run": {"of": updates, "tokens": history.tokens, "seconds": history.seconds},
-        "model": _tensors(model),
-        "optimizer": optimizer.state_dict(),
-        "live": live.state_dict() if live is not None else {},
-    }
-
-
-def _restore(found: tuple[int, dict[str, Any]], updates: int, model: Any, optimizer: torch.optim.Optimizer, live: Live | None) -> History:
-    """Puts a checkpoint's state back and gives the history up to it."""
-    done, state = found
-    own, run = _tensors(model), state["run"]
-    shapes = [{name: tuple(one.shape) for name, one in tensors.items()} for tensors in (own, state["model"])]
-    if shapes[0] != shapes[1] or run["of"] != updates:
-        raise Problem(
-            f"the checkpoint after update {done} is of another run ({run['of']} updates of {len(state['model'])} tensors; "
-            f"here {updates} of {len(own)}, or of other shapes); give this run a work folder of its own"
-        )
-    with torch.no_grad():
-        for name, one in own.items():
-            one.copy_(state["model"][name])
-    if live is not None:
-        live.load_state_dict(state["live"])
-    optimizer.load_state_dict(state["optimizer"])
-    return History(done, run["tokens"], run["seconds"], resumed=done)
+    trained = {name: one for name, one in model.named_parameters() if one.requires_grad}
+    return {**trained, **{name: one for name, one in model.named_buffers() if name in saved}}
 
 
 # -------------------------------------------------------------------------------------------------------- helpers
@@ -265,6 +413,8 @@ def how_long(plan: Plan, *, epochs: float | None = None, updates: int | None = N
         raise Problem("a run's length is given in epochs or in updates; give one of the two")
     if updates is None:
         assert epochs is not None
+        if plan.updates_per_epoch is None:
+            raise Problem("a stream's epochs are not known beforehand; give the run's length in updates or tokens")
         updates = math.ceil(epochs * plan.updates_per_epoch - 1e-9)
     if updates < 1:
         raise Problem(f"a run of {updates} updates trains nothing; give more than 0 epochs or updates")

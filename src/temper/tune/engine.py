@@ -23,18 +23,24 @@ from temper.models.deltas.leave import leave
 from temper.models.deltas.lineage import adapted
 from temper.models.deltas.where import Where
 from temper.parts import Slot, spec
-from temper.passport import Input, Inputs, Output, Passport
+from temper.passport import FAMILIES, Input, Inputs, Output, Passport
+from temper.train.anchors import Anchor
+from temper.train.averages import Average
 from temper.train.batching import Batching, Bucketed
 from temper.train.examples import encode
-from temper.train.learning import Learning, check_readable, held_examples, learn, room
+from temper.train.feed import Feed, Shuffled
+from temper.train.learning import TRAINING, Learning, check_readable, held_examples, home, learn, room
 from temper.train.optimizers import AdamW, Optimizer
 from temper.train.schedules import Cosine, Schedule
-from temper.tune.loss import Causal, Loss
+from temper.tune.loss import Causal, Loss, check
 
 INPUTS = {
-    "model": Input(("model", "adapter"), default="last", about="the model to tune; an adapter goes on, or is merged first (`base`)"),
+    "model": Input(
+        ("model", "adapter"), default="last", about="the model to tune; an adapter goes on, or is merged first (`base`)", families=FAMILIES
+    ),
     "data": Input(("text", "completion", "chat"), default="data", about="text, prompts with completions, or chats"),
 }
+SHARED = True
 PROVIDES = ("model", "tokenizer", "examples")
 
 
@@ -47,15 +53,19 @@ class Tune(Learning):
     init: Slot[Init] = Default()
     base: Slot[Base] = AsLoaded()
     loss: Slot[Loss] = Causal()
+    penalty: Slot[Anchor] | None = None
     batching: Slot[Batching] = Bucketed()
+    feed: Slot[Feed] = Shuffled()
     optimizer: Slot[Optimizer] = AdamW(lr=1e-3, weight_decay=0.0)
     schedule: Slot[Schedule] = Cosine()
+    average: Slot[Average] | None = None
 
 
 def passport(spec: Tune, parents: Mapping[str, Any]) -> Passport:
     """What tuning leaves: the model, or an adapter on it (`deltas.lineage`); or a refusal."""
     model, data = parents["model"], parents["data"]
     check_readable(model, data)
+    check(spec.loss, model.architecture, "loss")
     return adapted(model, spec.delta, spec.base)  # type: ignore[arg-type]
 
 
@@ -65,7 +75,7 @@ def run(spec: Tune, inputs: Inputs, context: Context) -> Output:
     kind = passport(spec, {"model": given.passport, "data": Passport(rows.shape)}).kind
     tokenizer = io.load_tokenizer(given)
     # An adapter on a grid stays beside it, on weights that stand still; all else trains under the model's constraints.
-    model = io.load_model(given, device=context.device, constraints=kind == "model")
+    model = io.load_model(given, device=home(spec, given.passport, context), constraints=kind == "model")
     examples = encode(rows, tokenizer, max_length=room(spec, model))
     context.note(examples.report)
 
@@ -77,11 +87,12 @@ def run(spec: Tune, inputs: Inputs, context: Context) -> Output:
 
     held = held_examples(lambda: inputs.data.load("test"), tokenizer, model, spec, context)
     context.give("model", model)
-    live = context.start(spec, only=("loss", "batching", "optimizer", "schedule"))
+    live = context.start(spec, only=("loss", "penalty", *TRAINING))
 
     def save(folder: Path, spare: bool = True) -> None:
         leave(model, tokenizer, folder, given=given, under=under, spare=spare)
 
-    figures = learn(model, examples, live.loss, spec=spec, live=live, context=context, held=held, save=save)
-    save(context.out / "model", spare=False)
+    figures = learn(model, examples, live.loss, spec=spec, live=live, context=context, held=held, anchor=live.penalty, save=save)
+    if context.world.main:
+        save(context.out / "model", spare=False)
     return Output(figures, base=under)
