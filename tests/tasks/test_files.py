@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,7 +15,9 @@ import pytest
 from huggingface_hub import constants
 
 from temper.parts import Problem, shown
+from temper.tasks import files
 from temper.tasks.files import File
+from temper.tasks.source import source
 
 ROWS = [{"prompt": f"{i} + 1 ==", "completion": f" {i + 1}"} for i in range(40)]
 CHATS = [{"messages": [{"role": "user", "content": f"{i} + 1?"}, {"role": "assistant", "content": str(i + 1)}]} for i in range(40)]
@@ -291,11 +294,12 @@ class Hub:
         self.asked.append((repository, revision))
         return SimpleNamespace(sha=COMMIT)
 
-    def load_dataset(self, repository, name, split, revision):
+    def load_dataset(self, repository, name, split, revision, streaming):
         self.asked.append((repository, name, split, revision))
         if self.error:
             raise self.error
-        return datasets.Dataset.from_list(ROWS if split == "train" else ROWS[:2])
+        made = datasets.Dataset.from_list(ROWS if split == "train" else ROWS[:2])
+        return made.to_iterable_dataset(num_shards=2) if streaming else made
 
 
 @pytest.fixture
@@ -360,3 +364,109 @@ def test_what_the_hub_refuses(hub, error, message):
     with pytest.raises(Problem) as caught:
         File("hub:org/sums").load("train")
     assert str(caught.value) == message
+
+
+# ------------------------------------------------------------------------------------------------------ streaming
+
+
+def streamed(path, **settings):
+    return File(**{"path": str(path), "streaming": True, "test_count": 5, **settings})
+
+
+def test_the_first_rows_of_a_stream_are_held_out_and_none_that_shares_a_prompt_is_trained_on(tmp_path):
+    path = jsonl(
+        tmp_path / "data.jsonl", [*ROWS, {"prompt": ROWS[3]["prompt"], "completion": " another"}, {"prompt": "x", "completion": "y"}]
+    )
+    file = streamed(path)
+    assert file.load("test").rows == ROWS[:5]
+    rows = file.load("train")
+    assert rows.rows[:1000] == [*ROWS[5:], {"prompt": "x", "completion": "y"}]
+    assert (rows.shape, rows.name) == ("completion", "data.jsonl")
+    assert rows.origin == "file data.jsonl, streamed, after the first 5 rows, which are held out"
+    assert streamed(path, buffer=2).load("train").at_hand == ROWS[5:7]
+    assert File(path).load("train").at_hand == File(path).load("train").rows
+
+
+def test_held_out_data_of_its_own_leave_a_stream_whole(tmp_path):
+    path, test = jsonl(tmp_path / "data.jsonl", ROWS), jsonl(tmp_path / "test.jsonl", CHATS)
+    file = streamed(path, test=test)
+    assert file.load("train").rows[:1000] == ROWS
+    assert file.load("test").rows == CHATS[:5]
+
+
+def test_a_stream_is_not_read_before_it_is_needed(tmp_path, monkeypatch):
+    path, lines = jsonl(tmp_path / "data.jsonl", ROWS), []
+    original = files._json
+    monkeypatch.setattr(files, "_json", lambda raw, where: lines.append(where) or original(raw, where))
+    streamed(path).load("train")
+    assert len(lines) <= 10 + 5 + 6  # the shape, the rows held out, and whether any is left
+    assert max(int(where.split()[-1]) for where in lines) == 10
+
+
+def test_what_needs_all_rows_of_a_stream_is_refused(tmp_path):
+    rows = streamed(jsonl(tmp_path / "data.jsonl", ROWS)).load("train")
+    for ask in (len, list, rows.__class__.validate, lambda rows: rows.rows[3], lambda rows: rows.rows[:-1]):
+        with pytest.raises(Problem, match=r"data.jsonl is a stream and not held in memory.*leave `streaming` out"):
+            ask(rows.rows if ask is list else rows)
+
+
+def test_a_stream_as_text(tmp_path):
+    text = streamed(jsonl(tmp_path / "data.jsonl", ROWS)).load("train").as_text()
+    assert text.shape == "text"
+    assert text.rows[:2] == [{"text": "5 + 1 == 6"}, {"text": "6 + 1 == 7"}]
+
+
+@pytest.mark.parametrize(
+    ("rows", "settings", "match"),
+    [
+        (ROWS[:5], {}, "its first 5 rows are held out, which leaves none to train on; give a smaller `test_count`"),
+        ([{"words": "a"}] * 9, {}, "no shape"),
+        (ROWS, {"columns": {"text": "body"}}, "data.jsonl, line 1: no column `body`"),
+    ],
+)
+def test_a_stream_that_cannot_be_trained_on_is_refused_at_once(rows, settings, match, tmp_path):
+    with pytest.raises(Problem, match=match):
+        streamed(jsonl(tmp_path / "data.jsonl", rows), **settings).load("train")
+
+
+def test_one_json_array_is_no_stream(tmp_path):
+    with pytest.raises(Problem, match="one JSON array, which is read whole"):
+        streamed(write(tmp_path, "json", ROWS)).load("train")
+    lines = tmp_path / "lines.json"
+    jsonl(lines, ROWS)
+    assert streamed(lines).load("train").rows[:2] == ROWS[5:7]
+
+
+def test_a_stream_stands_alone(tmp_path):
+    one = streamed(jsonl(tmp_path / "data.jsonl", ROWS))
+    with pytest.raises(Problem, match=r"data.jsonl is a stream, which stands alone; put its files into one folder"):
+        source([one, one]).load("train")
+    assert source([one, one]).load("test").rows == [*ROWS[:5], *ROWS[:5]]
+
+
+def test_the_digest_of_a_stream_reads_only_the_ends_of_a_file(tmp_path):
+    path = tmp_path / "big.jsonl"
+    path.write_bytes(b'{"text": "a"}\n' * 2**18)  # 3.5 MiB
+    told = path.stat()
+    digests = {streamed(path).digest(), streamed(path, buffer=7).digest(), streamed(path, test_count=7).digest()}
+    assert len(digests) == 3
+    whole = streamed(path).digest()
+    assert whole == streamed(path).digest()
+    with path.open("r+b") as file:  # in the middle: seen by the time of the change alone
+        file.seek(2**21)
+        file.write(b"z")
+    os.utime(path, ns=(told.st_atime_ns, told.st_mtime_ns))
+    assert streamed(path).digest() == whole
+    os.utime(path, ns=(told.st_atime_ns, told.st_mtime_ns + 1))
+    assert streamed(path).digest() != whole
+    for place in (0, told.st_size - 3):  # at an end
+        with path.open("r+b") as file:
+            file.seek(place)
+            file.write(b"z")
+        os.utime(path, ns=(told.st_atime_ns, told.st_mtime_ns))
+        assert streamed(path).digest() != whole
+
+
+def test_settings_of_streams_leave_the_digest_of_other_data_as_it_was(tmp_path):
+    path = jsonl(tmp_path / "data.jsonl", ROWS)
+    assert File(path, buffer=7, test_count=9).digest() == File(path).digest() != streamed(path).digest()

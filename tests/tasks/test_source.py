@@ -107,7 +107,8 @@ def test_bad_names(folder, ref, message):
         source(ref, folder)
     if message is None:
         message = (
-            "`file.x`: part `file` has no setting `x`; there is `columns` · `holdout` · `name` · `path` · `revision` · `split` · `test`"
+            "`file.x`: part `file` has no setting `x`; there is `buffer` · `columns` · `holdout` · `name` · "
+            "`path` · `revision` · `split` · `streaming` · `test` · `test_count`"
         )
     assert str(caught.value) == message
 

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
-import pytest
+import itertools
 
+import numpy
+import pytest
+from tokenizers.processors import TemplateProcessing
+
+from temper.context import Context
 from temper.parts import Problem
 from temper.tasks.rows import Rows
+from temper.train import examples, recall
 from temper.train.examples import encode, preview
 
 
@@ -62,8 +68,6 @@ def test_completion_keeps_the_prompt_s_own_tokens_where_a_token_would_cross_the_
 
 
 def test_a_tokenizer_that_closes_texts_itself_does_not_close_the_prompt(tokenizer):
-    from tokenizers.processors import TemplateProcessing
-
     words = tokenizer()
     words.backend_tokenizer.post_processor = TemplateProcessing(
         single="$A </s>", pair="$A $B </s>", special_tokens=[("</s>", words.eos_token_id)]
@@ -189,3 +193,107 @@ def test_preview_gives_text_in_whole_characters(tokenizer):
     (shown,) = preview(made, words, 1)
     assert "".join(text for text, _ in shown) == "né →a</s>"
     assert [text for text, flag in shown if flag] == ["→", "a", "</s>"]
+
+
+# --------------------------------------------------------------------------------------------- the tokenizer's Rust side
+
+TEXTS = ["the forecast", "", "a", " né →", "it ends </s> and goes on<|end|>", "x" * 300, "of\n\n a"]
+
+
+def closing(words):
+    words.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A </s>", pair="<s> $A $B </s>", special_tokens=[("<s>", words.bos_token_id), ("</s>", words.eos_token_id)]
+    )
+    return words
+
+
+def left_padding(words):
+    words.pad_token = "<s>"
+    words(TEXTS, padding=True, truncation=True, max_length=3)  # leaves the Rust side with both
+    return words
+
+
+def split_special(words):
+    words.split_special_tokens = True
+    return words
+
+
+KINDS = {
+    "plain": lambda make: make(),
+    "opening": lambda make: make(opening=True),
+    "no end": lambda make: make(end=None),
+    "closing": lambda make: closing(make()),
+    "padding left on": lambda make: left_padding(make(opening=True)),
+    "split special": lambda make: split_special(make(opening=True)),
+}
+
+
+@pytest.mark.parametrize("cores", [1, 64])
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+def test_the_rust_side_gives_the_ids_of_the_tokenizer(kind, cores, tokenizer, monkeypatch):
+    """With words remembered, which few cores are for, and without."""
+    monkeypatch.setattr(recall, "threads", lambda: cores)
+    assert (recall.recall(kind(tokenizer).backend_tokenizer) is None) == (cores == 64)
+    text = rows("text", *({"text": one} for one in TEXTS))
+    completion = rows("completion", *({"prompt": one, "completion": two} for one, two in itertools.pairwise(TEXTS)))
+    fast = [encode(data, kind(tokenizer), max_length=50) for data in (text, completion)]
+    assert examples._backend(tokenizer()) is not None
+    monkeypatch.setattr(examples, "_backend", lambda tokenizer: None)
+    slow = [encode(data, kind(tokenizer), max_length=50) for data in (text, completion)]
+    for one, two in zip(fast, slow, strict=True):
+        assert (one.report, len(one)) == (two.report, len(two))
+        for a, b in zip(one, two, strict=True):
+            assert (a.tokens.tolist(), a.supervised.tolist(), a.source) == (b.tokens.tolist(), b.supervised.tolist(), b.source)
+
+
+def test_a_tokenizer_that_does_more_is_asked_itself(tokenizer):
+    words = tokenizer()
+
+    class Marking(type(words)):
+        def _encode_plus(self, text, **settings):
+            return super()._encode_plus([f"the {one}" for one in text], **settings)
+
+    words.__class__ = Marking
+    assert examples._backend(words) is None
+    (one,) = encode(rows("text", {"text": "cat"}), words, max_length=32)
+    assert words.decode(one.tokens) == "the cat</s>"
+
+
+def test_a_tokenizer_without_a_rust_side_is_asked_itself(tokenizer):
+    words = tokenizer()
+
+    class Slow:
+        is_fast, eos_token_id = False, words.eos_token_id
+        _encode_plus = None
+
+        def __call__(self, texts, **settings):
+            return words(texts, **settings)
+
+    data = rows("text", {"text": "the forecast"}, {"text": "cat"})
+    one, two = (encode(data, each, max_length=32) for each in (Slow(), words))
+    assert [a.tokens.tolist() for a in one] == [b.tokens.tolist() for b in two]
+
+
+def test_long_rows_go_to_the_tokenizer_a_few_at_a_time():
+    data = rows("text", *({"text": "x" * size} for size in (10, 2**23 - 10, 1, 2**24, 5, 5)))
+    assert list(examples._batches(data)) == [range(2), range(2, 3), range(3, 4), range(4, 6)]
+    short = rows("text", *({"text": "x"} for _ in range(2100)))
+    assert list(examples._batches(short)) == [range(1024), range(1024, 2048), range(2048, 2100)]
+
+
+def test_a_track_is_told_of_every_row(tokenizer, tmp_path):
+    told = []
+    context = Context.scratch(tmp_path)
+    context.show = lambda track: told.append((track.done, track.total))
+    data = rows("completion", *({"prompt": "a", "completion": str(n)} for n in range(2100)))
+    with context.track(len(data), "tokenise", "row") as track:
+        encode(data, tokenizer(), max_length=32, track=track)
+    assert told == [(0, 2100), (1024, 2100), (2048, 2100), (2100, 2100), (2100, 2100)]
+
+
+def test_parts_of_an_example(tokenizer):
+    (one,) = encode(rows("completion", {"prompt": "a" * 5, "completion": "b" * 6}), tokenizer(), max_length=32)
+    pieces = one.pieces(5)
+    assert [len(piece) for piece in pieces] == [5, 5, 2]
+    assert numpy.concatenate([piece.tokens for piece in pieces]).tolist() == one.tokens.tolist()
+    assert numpy.concatenate([piece.supervised for piece in pieces]).tolist() == one.supervised.tolist()

@@ -18,9 +18,8 @@ from temper.pretrain.shape import Llama, Shape
 from temper.pretrain.tokenizer import ByteBPE, Tokenizer
 from temper.train.averages import Average
 from temper.train.batching import Batching, Packed
-from temper.train.examples import encode
 from temper.train.feed import Feed, Shuffled
-from temper.train.learning import TRAINING, Learning, check_readable, held_examples, home, learn
+from temper.train.learning import TRAINING, Learning, check_readable, encoded, held_examples, home, learn
 from temper.train.objectives import Causal, Objective, check
 from temper.train.optimizers import AdamW, Optimizer
 from temper.train.schedules import Cosine, Schedule
@@ -78,7 +77,7 @@ def run(spec: Pretrain, inputs: Inputs, context: Context) -> Output:
     rows = inputs.data.load("train").as_text()
     if inputs.model is None:
         first = context.start(spec, only=("tokenizer", "shape"))
-        tokenizer = first.tokenizer(row["text"] for row in rows.rows)
+        tokenizer = first.tokenizer(row["text"] for row in rows.at_hand)
         model = first.shape(tokenizer, context.stream("shape").seed()).to(home(spec, passport(spec, {}), context))
         if len(tokenizer) < first.tokenizer.most():
             context.note(f"the text gave a vocabulary of {len(tokenizer)} tokens, fewer than the {first.tokenizer.most()} asked for")
@@ -87,8 +86,7 @@ def run(spec: Pretrain, inputs: Inputs, context: Context) -> Output:
         model = io.load_model(inputs.model, device=home(spec, inputs.model.passport, context)).requires_grad_(True)
         context.note(f"goes on from `{inputs.model.name}`, with its tokenizer and shape; the slots `tokenizer` and `shape` stand aside")
 
-    examples = encode(rows, tokenizer, max_length=spec.max_length)
-    context.note(examples.report)
+    examples = encoded(rows, tokenizer, context, max_length=spec.max_length)
     held = held_examples(lambda: inputs.data.load("test").as_text(), tokenizer, model, spec, context)
     context.give("tokenizer", tokenizer)
     context.give("model", model)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Never
 
 from temper.parts import Problem, nearest, shown
 
@@ -27,8 +28,9 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 class Rows:
     """Rows of one shape.
 
-    rows: plain dicts with at least the columns of `shape`; further columns (`module`, `task`, ...) are kept. name: what
-    errors and reports call the data. origin: where they came from, in a few words, without folders of this machine.
+    rows: plain dicts with at least the columns of `shape`; further columns (`module`, `task`, ...) are kept; of data too large for
+    memory a `StreamedRows`. name: what errors and reports call the data. origin: where they came from, in a few words, without
+    folders of this machine.
     """
 
     shape: Shape
@@ -46,10 +48,13 @@ class Rows:
         places: where each row stands ("line 3"); without it, rows are counted from 1.
         """
         for index, row in enumerate(self.rows):
-            for column in COLUMNS[self.shape]:
-                if wrong := _wrong(self.shape, column, row):
-                    raise Problem(f"{self.name}, {places[index] if places else f'row {index + 1}'}{wrong}")
+            check_row(self.shape, row, f"{self.name}, {places[index] if places else f'row {index + 1}'}")
         return self
+
+    @property
+    def at_hand(self) -> Sequence[dict[str, Any]]:
+        """The rows, or of a stream those of its first block: enough to learn a tokenizer from."""
+        return self.rows[: self.rows.buffer] if isinstance(self.rows, StreamedRows) else self.rows
 
     def as_text(self) -> Rows:
         """The same rows as plain text, for what learns from text alone. Further columns are kept.
@@ -59,11 +64,12 @@ class Rows:
         """
         if self.shape == "text":
             return self
-        columns = [column for column in COLUMNS[self.shape] if column != "rejected"]
-        made = []
-        for row in self.rows:
+
+        def text(row: Mapping[str, Any]) -> dict[str, Any]:
             rest = {key: value for key, value in row.items() if key not in COLUMNS[self.shape]}
-            made.append({"text": "".join(_flat(row[column]) for column in columns), **rest})
+            return {"text": "".join(_flat(row[column]) for column in COLUMNS[self.shape] if column != "rejected"), **rest}
+
+        made = self.rows.map(text) if isinstance(self.rows, StreamedRows) else [text(row) for row in self.rows]
         return Rows("text", made, self.name, f"{self.origin}, {self.shape} rows written as text")
 
 
@@ -79,6 +85,46 @@ def detect_shape(rows: Sequence[Mapping[str, Any]], name: str = "the data") -> S
     hint = next((found for column in columns if column not in known and (found := near(column, known))), "")
     shapes = " · ".join(f"{shape}: {', '.join(needed)}" for shape, needed in reversed(COLUMNS.items()))
     raise Problem(f"{name} has {listed(columns)}, which make no shape ({shapes}){hint}; rename with `columns: {{wanted: present}}`")
+
+
+class StreamedRows(Sequence[dict[str, Any]]):
+    """Rows that are read as they are needed and never held all at once.
+
+    read: state -> rows in turn (None: from the first one), each with a function that gives the state after it as long as no further row
+    is read. A state is JSON, and reading goes on from it without what lies before. buffer: how many rows are to be held, shuffled and
+    packed at once. As a sequence it has only slices from its start, each read anew; whatever needs all rows raises a `Problem`.
+    """
+
+    def __init__(self, read: Callable[[Any], Iterator[tuple[dict[str, Any], Callable[[], Any]]]], name: str, buffer: int):
+        self.read, self.name, self.buffer = read, name, buffer
+
+    def map(self, change: Callable[[Mapping[str, Any]], dict[str, Any]]) -> StreamedRows:
+        """The same rows, each changed when it is read."""
+        return StreamedRows(lambda state: ((change(row), after) for row, after in self.read(state)), self.name, self.buffer)
+
+    def __getitem__(self, index: Any) -> Any:
+        if not isinstance(index, slice) or index.stop is None or index.stop < 0:
+            self._refuse()
+        return [row for row, _ in itertools.islice(self.read(None), index.start or 0, index.stop, index.step or 1)]
+
+    def __len__(self) -> int:
+        self._refuse()
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        self._refuse()
+
+    def _refuse(self) -> Never:
+        raise Problem(
+            f"{self.name} is a stream and not held in memory; what needs all its rows at once cannot have them: leave `streaming` out, "
+            "or give a smaller file"
+        )
+
+
+def check_row(shape: Shape, row: Mapping[str, Any], where: str) -> None:
+    """Raises a `Problem` that begins with `where` if a row is not of a shape."""
+    for column in COLUMNS[shape]:
+        if wrong := _wrong(shape, column, row):
+            raise Problem(f"{where}{wrong}")
 
 
 def _wrong(shape: Shape, column: str, row: Mapping[str, Any]) -> str:

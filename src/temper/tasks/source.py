@@ -16,7 +16,7 @@ from temper.parts import Count, Problem, Scope, Share, Slot, build, dump, fill, 
 from temper.tasks import verifiable  # not its names: every part named here would answer this slot
 from temper.tasks.files import HUB, SUFFIXES, File, similar
 from temper.tasks.library import Library
-from temper.tasks.rows import Rows, held_out, near
+from temper.tasks.rows import Rows, StreamedRows, held_out, near
 
 HOUSE = {"library": Library}
 """What `house:NAME` stands for."""
@@ -33,6 +33,8 @@ class Joined:
         parts = [one.load(split) for one in self.sources]
         first = parts[0]
         for one in parts:
+            if isinstance(one.rows, StreamedRows):
+                raise Problem(f"{one.name} is a stream, which stands alone; put its files into one folder, or leave `streaming` out")
             if one.shape != first.shape:
                 raise Problem(f"{one.name} holds {one.shape} rows and {first.name} {first.shape} rows; give data of one shape")
         names, origins = (" + ".join(dict.fromkeys(texts)) for texts in zip(*((one.name, one.origin) for one in parts)))

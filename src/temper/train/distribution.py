@@ -144,9 +144,10 @@ def spread(model: Any, world: World, kind: Kind, device: str) -> Spread:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    twin = copy.deepcopy(model)
+    twin: Any = copy.deepcopy(model)
     mesh = init_device_mesh(device, (world.size,))
-    for part in (*(block for _, block in walk.blocks(twin)), twin):
+    parts: list[Any] = [*(block for _, block in walk.blocks(twin)), twin]
+    for part in parts:
         fully_shard(part, mesh=mesh)
         part.set_force_sum_reduction_for_comms(True)  # gloo cannot scale as it sums
         part.set_gradient_divide_factor(1.0)  # the loop divides by the count of the whole update

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from temper.lazy import torch
 from temper.parts import Count, Problem, Rate, Spec, spec
 from temper.passport import Figure, Passport
+from temper.tasks.rows import StreamedRows
 from temper.train import compiling, distribution
 from temper.train import precision as formats
 from temper.train.batching import can_separate, planned
@@ -132,6 +133,17 @@ def precision_of(spec: Learning, model: Any, context: Context) -> formats.Precis
     return context.decide("precision", lambda: formats.choose(model, context.device), subject)
 
 
+def encoded(rows: Rows, tokenizer: Any, context: Context, *, max_length: int | None) -> Encoded:
+    """The data as examples, with progress on the way and a line for the report."""
+    if isinstance(rows.rows, StreamedRows):
+        made = encode(rows, tokenizer, max_length=max_length)
+    else:
+        with context.track(len(rows), "tokenise", "row") as bar:
+            made = encode(rows, tokenizer, max_length=max_length, track=bar)
+    context.note(made.report)
+    return made
+
+
 def home(spec: Learning, model: Passport, context: Context) -> str:
     """The device that a model is loaded to: this process's, or the processor where it is to be sharded."""
     return "cpu" if _spreading(spec, model.parameters or 0, context) == "shard" else context.device
@@ -162,9 +174,10 @@ def learn(
     loss. anchor: a term on the parameters beside the loss. save: writes the model as it is into a folder, for `spec.keep`.
     """
     plan = planned(live.batching, examples, context.stream("batching"), live.feed)
-    epochs = spec.tokens / examples.tokens if spec.tokens is not None and plan.updates_per_epoch is not None else spec.epochs
-    count = math.ceil(spec.tokens / plan.tokens_per_update) if spec.tokens is not None and epochs is None else spec.updates
-    updates = how_long(plan, updates=count, epochs=epochs or (None if count else 1.0))
+    if report := getattr(plan, "report", ""):
+        context.note(report)
+    count = spec.updates if spec.tokens is None else math.ceil(spec.tokens / plan.tokens_per_update - 1e-9)
+    updates = how_long(plan, updates=count, epochs=spec.epochs or (None if count else 1.0))
     _fits(model, plan.update(0))
     precision = precision_of(spec, model, context)
     kind = _spreading(spec, sum(one.numel() for one in model.parameters()), context)
@@ -316,14 +329,9 @@ def _advising(spec: Learning) -> Iterator[None]:
 
 def _fits(model: Any, batches: Sequence[Batch]) -> None:
     most = _positions(model)
-    longest = max(_reach(batch) for batch in batches)
+    longest = max(batch.positions for batch in batches)
     if most and longest > most:
         raise Problem(f"the model takes {most} tokens and a batch is {longest} long; give a smaller max_length, or shorter packed rows")
-
-
-def _reach(batch: Batch) -> int:
-    """How many positions a batch asks of the model."""
-    return batch.input_ids.shape[1] if batch.position_ids is None else int(batch.position_ids.max()) + 1
 
 
 def _bring_out(context: Context) -> None:

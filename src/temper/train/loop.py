@@ -414,7 +414,7 @@ def how_long(plan: Plan, *, epochs: float | None = None, updates: int | None = N
     if updates is None:
         assert epochs is not None
         if plan.updates_per_epoch is None:
-            raise Problem("a stream's epochs are not known beforehand; give the run's length in updates or tokens")
+            raise Problem("a stream has no known end, so its run is measured in updates or tokens; give one of them")
         updates = math.ceil(epochs * plan.updates_per_epoch - 1e-9)
     if updates < 1:
         raise Problem(f"a run of {updates} updates trains nothing; give more than 0 epochs or updates")

@@ -27,9 +27,8 @@ from temper.passport import FAMILIES, Input, Inputs, Output, Passport
 from temper.train.anchors import Anchor
 from temper.train.averages import Average
 from temper.train.batching import Batching, Bucketed
-from temper.train.examples import encode
 from temper.train.feed import Feed, Shuffled
-from temper.train.learning import TRAINING, Learning, check_readable, held_examples, home, learn, room
+from temper.train.learning import TRAINING, Learning, check_readable, encoded, held_examples, home, learn, room
 from temper.train.optimizers import AdamW, Optimizer
 from temper.train.schedules import Cosine, Schedule
 from temper.tune.loss import Causal, Loss, check
@@ -76,8 +75,7 @@ def run(spec: Tune, inputs: Inputs, context: Context) -> Output:
     tokenizer = io.load_tokenizer(given)
     # An adapter on a grid stays beside it, on weights that stand still; all else trains under the model's constraints.
     model = io.load_model(given, device=home(spec, given.passport, context), constraints=kind == "model")
-    examples = encode(rows, tokenizer, max_length=room(spec, model))
-    context.note(examples.report)
+    examples = encoded(rows, tokenizer, context, max_length=room(spec, model))
 
     context.give("tokenizer", tokenizer)
     context.give("examples", examples)
