@@ -4,10 +4,10 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test lint docs bench clean
+.PHONY: help quickstart test lint docs bench gpu-check clean
 
 help:  ## lists these commands
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 quickstart: .venv/installed  ## the whole life of a small model on this machine, in minutes
 	$(BIN)/temper quickstart
@@ -23,9 +23,17 @@ lint: .venv/installed  ## checks style and types
 docs: .venv/installed-docs  ## builds the documentation into site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-bench: .venv/installed  ## measures what has a benchmark (some ten minutes)
+bench: .venv/installed-bench  ## measures what has a benchmark, beside its peers (an hour on a quiet machine)
 	$(BIN)/python benchmarks/startup.py
 	$(BIN)/python benchmarks/tasks.py
+	$(BIN)/python benchmarks/packing.py
+	$(BIN)/python benchmarks/sft.py
+	$(BIN)/python benchmarks/dpo.py
+	$(BIN)/python benchmarks/checkpoint.py
+	$(BIN)/python benchmarks/results.py
+
+gpu-check: .venv/installed-bench  ## conformance tests and benchmarks on the GPU of this machine
+	$(BIN)/python benchmarks/gpu.py; status=$$?; [ $$status -eq 2 ] || $(BIN)/python benchmarks/results.py; exit $$status
 
 clean:  ## removes what the commands above make, but not .venv
 	rm -rf site build dist .pytest_cache .ruff_cache .hypothesis temper-out src/*.egg-info
@@ -41,4 +49,8 @@ clean:  ## removes what the commands above make, but not .venv
 
 .venv/installed-docs: .venv/installed
 	$(BIN)/pip install --quiet -e '.[docs]' -c constraints.txt
+	@touch $@
+
+.venv/installed-bench: .venv/installed
+	$(BIN)/pip install --quiet -e '.[bench]' -c constraints.txt
 	@touch $@
