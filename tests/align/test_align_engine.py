@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from temper import parts
-from temper.align import engine, methods
+from temper.align import engine, layout, methods
 from temper.align.engine import Align
 from temper.align.likelihood import PerToken
 from temper.align.loss import DPO, SFT
@@ -92,6 +92,22 @@ def test_dpo_raises_the_margin_of_held_out_pairs(tmp_path, policy, pairs_data):
     assert first["loss"] == pytest.approx(0.693147, abs=1e-5)  # log 2: the policy is its reference
     assert first["margin"] == pytest.approx(0, abs=1e-5)
     assert first["kl"] == pytest.approx(0, abs=1e-10)
+    assert not any(note.startswith("layers compute as they are") for note in context.notes)  # of the reference neither
+
+
+def test_either_layout_of_the_pairs_trains_the_same_policy(tmp_path, policy, pairs_data, monkeypatch):
+    found, chosen = {}, layout.choose
+    for way in ("one row", "two rows"):
+        monkeypatch.setattr(layout, "choose", chosen if way == "one row" else lambda *_: ("two rows", "a test"))
+        output, context = aligned(tmp_path / way, Align(**SHORT, evaluate_every=6), policy, pairs_data)
+        assert context.decisions()["pairs"]["value"] == way
+        found[way] = (
+            {name: figure.value for name, figure in output.figures.items()},
+            [row["loss"] for row in context.curve() if "loss" in row],
+        )
+    (one, losses), (two, others) = found.values()
+    assert one == pytest.approx(two, rel=1e-3)
+    assert losses == pytest.approx(others, rel=1e-3)
 
 
 def test_what_is_left_is_an_adapter_that_peft_reads_alone(tmp_path, policy, pairs_data):
@@ -217,8 +233,9 @@ def test_an_adapter_that_comes_in_is_merged_where_asked(tmp_path, policy, tuned,
 
 def _margin(made, reference, data) -> float:
     """The mean margin of held-out pairs, from both models as they are read from disk."""
+    from temper.align.layout import response_logprobs
     from temper.align.likelihood import Whole
-    from temper.align.scores import compare, response_logprobs
+    from temper.align.scores import compare
     from temper.train.batching import collate
 
     batch = collate(encode(data.load("test"), io.load_tokenizer(made), max_length=64))

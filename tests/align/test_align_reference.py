@@ -7,9 +7,10 @@ import torch
 from align_toys import preferences
 from safetensors.torch import load_file
 
+from temper.align.layout import response_logprobs
 from temper.align.likelihood import Whole
 from temper.align.reference import Remembered, Start, passes
-from temper.align.scores import compare, response_logprobs
+from temper.align.scores import compare
 from temper.context import Context
 from temper.models.deltas import prepare
 from temper.models.deltas.base import AsLoaded
@@ -19,7 +20,6 @@ from temper.parts import Problem
 from temper.tasks.rows import Rows
 from temper.train.batching import collate
 from temper.train.examples import encode
-from temper.train.logprobs import sequence_logprobs
 
 
 @pytest.fixture
@@ -27,9 +27,9 @@ def examples(tokenizer):
     return encode(Rows("preference", preferences(), "toy", "a test"), tokenizer, max_length=64)
 
 
-def remembered(folder, policy, examples) -> Remembered:
+def remembered(folder, policy, examples, layout="two rows") -> Remembered:
     made = Start().start(Context.scratch(folder))
-    made.prepare(policy, examples, "float32")
+    made.prepare(policy, examples, "float32", layout)
     return made
 
 
@@ -38,11 +38,11 @@ def test_tokens_of_the_response_and_nothing_else(llama, examples):
     with torch.no_grad():
         made = response_logprobs(llama, batch)
         full = llama(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits.log_softmax(-1)
-        summed = sequence_logprobs(llama, batch)
     assert torch.equal(made != 0, batch.supervised)
     for row, place in batch.supervised.nonzero().tolist():
         assert made[row, place].item() == pytest.approx(full[row, place - 1, batch.input_ids[row, place]].item(), abs=1e-6)
-    torch.testing.assert_close(Whole()(made, batch.supervised), summed)
+    each = full[:, :-1].gather(-1, batch.input_ids[:, 1:, None])[..., 0] * batch.supervised[:, 1:]
+    torch.testing.assert_close(Whole()(made, batch.supervised), each.sum(-1))
 
 
 def test_divergence_at_step_0_is_exactly_0_on_the_same_batch(llama, examples):
@@ -55,8 +55,9 @@ def test_divergence_at_step_0_is_exactly_0_on_the_same_batch(llama, examples):
     assert torch.equal(one.drift, torch.zeros(4))
 
 
-def test_divergence_at_step_0_from_what_was_kept(tmp_path, llama, examples):
-    kept = remembered(tmp_path, llama, examples)
+@pytest.mark.parametrize("layout", ["two rows", "one row"])
+def test_divergence_at_step_0_from_what_was_kept(tmp_path, llama, examples, layout):
+    kept = remembered(tmp_path, llama, examples, layout)
     with torch.no_grad():
         for size in (2, 6, 48):  # other batches than those that it was computed in
             batch = collate(examples[-size:])

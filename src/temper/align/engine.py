@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from temper.align.figures import mean, share
+from temper.align.layout import layout_of, response_logprobs
 from temper.align.likelihood import Likelihood, Whole
 from temper.align.loss import DPO, Loss
 from temper.align.reference import Reference, Start, passes
 from temper.align.reward import Reward, Verifier
-from temper.align.scores import Compared, compare, response_logprobs
+from temper.align.scores import Compared, compare
 from temper.align.source import Given, Pairs, Source
 from temper.lazy import torch
 from temper.models import io
@@ -34,9 +35,13 @@ from temper.models.deltas.where import Where
 from temper.models.sample import evaluating
 from temper.parts import Problem, Slot, spec
 from temper.passport import DATA, UNKNOWN, Figure, Input, Inputs, Output, Passport
+from temper.train.anchors import Anchor
+from temper.train.averages import Average
 from temper.train.batching import Batch, Batching, Bucketed, collate
 from temper.train.examples import Encoded, Example
-from temper.train.learning import Learning, check_readable, learn, precision_of
+from temper.train.faster import faster
+from temper.train.feed import Feed, Shuffled
+from temper.train.learning import TRAINING, Learning, check_readable, home, learn, precision_of
 from temper.train.objectives import Sum
 from temper.train.optimizers import AdamW, Optimizer
 from temper.train.precision import Precision, autocast
@@ -49,6 +54,7 @@ INPUTS = {
     "model": Input(("model", "adapter"), default="last", about="the policy to align; it is also the reference"),
     "data": Input(("preference", "completion", "chat"), default="data", about="pairs, or questions for source `attempts`"),
 }
+SHARED = True
 PROVIDES = ("model", "tokenizer")
 
 _AT_START = {"float32": 1e-5, "bf16": 1e-2}
@@ -68,14 +74,17 @@ class Align(Learning):
     reward: Slot[Reward] = Verifier()
     loss: Slot[Loss] = DPO()
     likelihood: Slot[Likelihood] = Whole()
+    anchor: Slot[Anchor] | None = None
     reference: Slot[Reference] = Start()
     where: Slot[Where] | None = None
     delta: Slot[Delta] = Lora()
     init: Slot[Init] = Default()
     base: Slot[Base] = AsLoaded()
     batching: Slot[Batching] = Bucketed()
+    feed: Slot[Feed] = Shuffled()
     optimizer: Slot[Optimizer] = AdamW(lr=1e-4, weight_decay=0.0)
     schedule: Slot[Schedule] = Linear(warmup=0.1)
+    average: Slot[Average] | None = None
 
 
 def passport(spec: Align, parents: Mapping[str, Any]) -> Passport:
@@ -101,22 +110,25 @@ def run(spec: Align, inputs: Inputs, context: Context) -> Output:
     leaves = dataclasses.replace(adapted(given.passport, spec.delta, spec.base), reference=given.id)  # type: ignore[arg-type]
     tokenizer = io.load_tokenizer(given)
     # An adapter on a grid stays beside it, on weights that stand still; all else trains under the model's constraints.
-    policy = io.load_model(given, device=context.device, constraints=leaves.kind == "model")
+    policy = io.load_model(given, device=home(spec, given.passport, context), constraints=leaves.kind == "model")
     context.give("tokenizer", tokenizer)
     context.give("model", policy)
     first = context.start(spec, only=("source", "reward", "reference", "where", "delta", "init", "base"))
 
-    pairs, held = _pairs(spec, inputs.data, first, policy, context)
+    with context.world.main_first():  # what the source keeps on disk is made once
+        pairs, held = _pairs(spec, inputs.data, first, policy, context)
     precision = precision_of(spec, policy, context)
-    first.reference.prepare(policy, [*pairs.examples, *held.examples], precision)
+    examples = [*pairs.examples, *held.examples]
+    layout = layout_of(policy, examples, context)
+    first.reference.prepare(policy, examples, precision, layout)
 
     model, under = put_on(policy, given, leaves.kind, spec, first, context)
     context.give("model", model)
-    live = context.start(spec, only=("loss", "likelihood", "batching", "optimizer", "schedule"))
+    live = context.start(spec, only=("loss", "likelihood", "anchor", *TRAINING))
 
     def compared(model: Any, batch: Batch) -> Compared:
         """Both sides of every pair in one forward pass, beside the reference."""
-        return compare(response_logprobs(model, batch), first.reference(batch), batch.supervised, live.likelihood)
+        return compare(response_logprobs(model, batch, layout), first.reference(batch), batch.supervised, live.likelihood)
 
     def loss(model: Any, batch: Batch) -> Sum:
         one = compared(model, batch)
@@ -126,14 +138,15 @@ def run(spec: Align, inputs: Inputs, context: Context) -> Output:
     def save(folder: Path, spare: bool = True) -> None:
         leave(model, tokenizer, folder, given=given, under=under, spare=spare)
 
-    _unmoved(model, pairs.examples, compared, precision, context)
-    figures = learn(model, pairs.examples, loss, spec=spec, live=live, context=context, held=held.examples, save=save)
+    _unmoved(model, pairs.examples, compared, precision)
+    figures = learn(model, pairs.examples, loss, spec=spec, live=live, context=context, held=held.examples, anchor=live.anchor, save=save)
     figures |= {"pairs": Figure(len(pairs.examples) // 2, unit="pairs"), **pairs.figures}
     figures |= {f"heldout_{name}": one for name, one in held.figures.items()}
     if held.examples:
         figures |= _measure(model, held.examples, compared, precision, context)
     first.close()
-    save(context.out / "model", spare=False)
+    if context.world.main:
+        save(context.out / "model", spare=False)
     return Output(figures, leaves, under)
 
 
@@ -160,12 +173,11 @@ def _pairs(spec: Align, data: Any, first: Any, policy: Any, context: Context) ->
     return pairs, dataclasses.replace(held, examples=numbered)
 
 
-def _unmoved(
-    model: Any, examples: Sequence[Example], compared: Callable[[Any, Batch], Compared], precision: Precision, context: Context
-) -> None:
+def _unmoved(model: Any, examples: Sequence[Example], compared: Callable[[Any, Batch], Compared], precision: Precision) -> None:
     """Refuses to train a policy that is not its own reference at step 0: what is learnt would be measured from elsewhere."""
-    with torch.no_grad(), evaluating(model), autocast(context.device, precision):
-        moved = compared(model, collate(examples[:16]).to(context.device)).drift.mean().item()
+    batch = collate(examples[:16]).to(next(model.parameters()).device)
+    with torch.no_grad(), evaluating(model), autocast(batch.input_ids.device.type, precision):
+        moved = compared(model, batch).drift.mean().item()
     if not moved <= _AT_START[precision]:
         raise Problem(
             f"before the first update the policy is {moved:.2g} nats per token from its reference, and at most {_AT_START[precision]:g} is "
@@ -182,9 +194,9 @@ def _measure(
     reference (DPO's implicit reward without its beta). kl: `scores.drift`, an estimate.
     """
     before, after, margins, drifts = ([] for _ in range(4))
-    with torch.no_grad(), evaluating(model):
+    with faster(model, device=next(model.parameters()).device.type), torch.no_grad(), evaluating(model):
         for batch in passes(model, examples, context):
-            with autocast(context.device, precision):
+            with autocast(batch.input_ids.device.type, precision):
                 one = compared(model, batch)
             before += (one.reference_chosen > one.reference_rejected).tolist()
             after += (one.chosen > one.rejected).tolist()

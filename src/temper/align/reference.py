@@ -6,12 +6,13 @@ import hashlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
-from temper.align.scores import response_logprobs
+from temper.align.layout import Layout, response_logprobs
 from temper.context import write
 from temper.lazy import safetensors_torch, torch
 from temper.models.sample import evaluating
 from temper.parts import Problem, part, slot
 from temper.train import batching  # not its names: every part named here would answer this slot
+from temper.train.faster import faster
 from temper.train.precision import Precision, autocast
 
 if TYPE_CHECKING:
@@ -21,18 +22,19 @@ if TYPE_CHECKING:
     from temper.train.batching import Batch
     from temper.train.examples import Example
 
-_LOGITS, _TOKENS = 2**26, 2**13
-"""Logits (256 MiB in float32) and tokens of a batch in a pass without gradients, at most; but one pair is always taken."""
+_LOGITS, _TOKENS = 2**28, 2**13
+"""Logits (1 GiB in float32, where a model holds all) and tokens of a batch in a pass without gradients, at most; but one pair is always
+taken."""
 
 
 @slot(phased=False)
 class Reference(Protocol):
     """Against which policy is the change measured? `(batch) -> [R, T]`, its log-probabilities of a batch's supervised tokens.
 
-    `prepare(policy, examples, precision)` comes first, once, while `policy` is as it came in: nothing attached, nothing trained.
+    `prepare(policy, examples, precision, layout)` comes first, once, while `policy` is as it came in: nothing attached, nothing trained.
     """
 
-    def prepare(self, policy: Any, examples: Sequence[Example], precision: Precision) -> None: ...
+    def prepare(self, policy: Any, examples: Sequence[Example], precision: Precision, layout: Layout = "two rows") -> None: ...
 
     def __call__(self, batch: Batch) -> torch.Tensor: ...
 
@@ -55,26 +57,30 @@ class Remembered:
         self._places: dict[tuple[int, str | None], slice] = {}
         self._logprobs = torch.empty(0)
 
-    def prepare(self, policy: Any, examples: Sequence[Example], precision: Precision) -> None:
-        """Makes or reads the log-probabilities [N] of all supervised tokens, example by example."""
+    def prepare(self, policy: Any, examples: Sequence[Example], precision: Precision, layout: Layout = "two rows") -> None:
+        """Makes or reads the log-probabilities [N] of all supervised tokens, example by example. Processes share the work."""
         begin = 0
         for one in examples:
             self._places[one.source, one.side] = slice(begin, begin := begin + one.targets)
         if len(self._places) < len(examples):
             raise ValueError("two examples have one source and one side; their log-probabilities could not be told apart")
-        file, digest = self._context.work / "reference.safetensors", _digest(examples)
+        file, digest, world = self._context.work / "reference.safetensors", _digest(examples), self._context.world
         if file.exists() and (found := safetensors_torch.load_file(file)).keys() == {digest}:
             self._logprobs = found[digest]
             return
-        self._logprobs = torch.empty(begin)
-        with torch.no_grad(), evaluating(policy), self._context.track(len(examples) // 2, "reference", "pair") as bar:
-            for batch in passes(policy, examples, self._context):
-                with autocast(self._context.device, precision):
-                    made = response_logprobs(policy, batch).cpu()
-                for row, (key, mask) in enumerate(zip(_keys(batch), batch.supervised.cpu(), strict=True)):
-                    self._logprobs[self._places[key]] = made[row][mask]
+        self._logprobs = torch.zeros(begin)
+        quick = faster(policy, device=next(policy.parameters()).device.type, note=self._context.note)
+        with quick, torch.no_grad(), evaluating(policy), self._context.track(len(examples) // 2, "reference", "pair") as bar:
+            for number, batch in enumerate(passes(policy, examples, self._context)):
+                if number % world.size == world.rank:
+                    with autocast(batch.input_ids.device.type, precision):
+                        made = response_logprobs(policy, batch, layout).cpu()
+                    for row, (key, mask) in enumerate(zip(_keys(batch), batch.supervised.cpu(), strict=True)):
+                        self._logprobs[self._places[key]] = made[row][mask]
                 bar.advance(len(batch.rows) // 2, tokens=batch.tokens)
-        write(file, safetensors_torch.save({digest: self._logprobs}))
+        world.sum(self._logprobs)
+        if world.main:
+            write(file, safetensors_torch.save({digest: self._logprobs}))
 
     def __call__(self, batch: Batch) -> torch.Tensor:
         if unknown := [key for key in _keys(batch) if key not in self._places]:
@@ -84,12 +90,12 @@ class Remembered:
 
 
 def passes(model: Any, examples: Sequence[Example], context: Context) -> Iterator[Batch]:
-    """All pairs once, in batches of similar lengths on the context's device: for a pass without gradients."""
-    tokens = min(_TOKENS, max(1, _LOGITS // model.config.get_text_config().vocab_size))
+    """All pairs once, in batches of similar lengths on the model's device: for a pass without gradients."""
+    tokens, device = min(_TOKENS, max(1, _LOGITS // model.config.get_text_config().vocab_size)), next(model.parameters()).device
     plan = batching.Bucketed(size=256, tokens=tokens)(examples, context.stream("passes"))
     for update in range(plan.updates_per_epoch):
         for batch in plan.update(update):
-            yield batch.to(context.device)
+            yield batch.to(device)
 
 
 def _keys(batch: Batch) -> list[tuple[int, str | None]]:

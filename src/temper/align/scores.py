@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
-
-from temper.lazy import torch
-from temper.train.logprobs import supervised_logits, token_logprobs
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from temper.train.batching import Batch
+    from temper.lazy import torch
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -45,12 +42,6 @@ def compare(logprobs: torch.Tensor, reference: torch.Tensor, mask: torch.Tensor,
     """From token log-probabilities [2P, T] to what is compared."""
     policy, other = likelihood(logprobs, mask), likelihood(reference, mask)
     return Compared(policy[0::2], policy[1::2], other[0::2], other[1::2], logprobs, reference, mask)
-
-
-def response_logprobs(model: Any, batch: Batch) -> torch.Tensor:
-    """Log-probability of each supervised token of a batch, 0 elsewhere: [R, T], float32, in one forward pass."""
-    each = token_logprobs(*supervised_logits(model, batch))
-    return each.new_zeros(batch.supervised.shape).masked_scatter(batch.supervised, each)
 
 
 def margin(
