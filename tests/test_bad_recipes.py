@@ -542,7 +542,7 @@ steps:
   - tune: {loss: none}
 """,
         (),
-        "recipe.yaml:4:18: step `tune`, `loss`: slot `loss` cannot be empty; there is `causal`",
+        "recipe.yaml:4:18: step `tune`, `loss`: slot `loss` cannot be empty; there is `causal` · `fill-middle` · `masked` · `prefix` · `span-mixture`",
     ),
     (
         "phases where none may be",

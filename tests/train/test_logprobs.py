@@ -9,7 +9,16 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from temper.train.batching import Padded, collate
-from temper.train.logprobs import sequence_logprobs, supervised_logits, token_logprobs
+from temper.train.logprobs import (
+    causal_loss,
+    cross_entropy,
+    linear_logprobs,
+    logprobs_at,
+    sequence_logprobs,
+    supervised_logits,
+    supervised_logprobs,
+    token_logprobs,
+)
 from temper.train.objectives import Causal
 
 
@@ -135,3 +144,142 @@ def test_separate_packing_equals_documents_alone(llama, examples, stream):
     one, two = Causal()(model, packed), Causal()(model, plain)
     assert one.count == two.count == sum(example.targets for example in made)
     torch.testing.assert_close(one.total, two.total, rtol=1e-10, atol=1e-10)
+
+
+# -------------------------------------------------------------------------------------- without whole logits
+
+
+@pytest.fixture
+def widths(monkeypatch):
+    """How many rows of logits were normalised at a time."""
+    from temper.train.faster import ops
+
+    seen, plain = [], ops.log_probabilities
+    monkeypatch.setattr(ops, "log_probabilities", lambda logits, *rest: (seen.append(len(logits)), plain(logits, *rest))[1])
+    return seen
+
+
+def head(bias=True, count=75):
+    draw = torch.Generator().manual_seed(1)
+    hidden, weight, slopes = (torch.randn(*shape, dtype=torch.float64, generator=draw) for shape in ((count, 6), (50, 6), (count,)))
+    targets = torch.randint(0, 50, (count,), generator=draw)
+    return [hidden.requires_grad_(), weight.requires_grad_(), slopes[:50].clone().requires_grad_() if bias else None], targets, slopes
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("most", [2**25, 50 * 32, 1])
+def test_a_linear_layer_s_log_probabilities(bias, most, widths):
+    given, targets, slopes = head(bias)
+    leaves = [one for one in given if one is not None]
+    expected = token_logprobs(torch.nn.functional.linear(*given), targets)
+    each = linear_logprobs(*given, targets, summed=False, most=most)
+    torch.testing.assert_close(each, expected, rtol=1e-12, atol=1e-12)
+    gradients = [torch.autograd.grad((one * slopes).sum(), leaves, retain_graph=True) for one in (each, expected)]
+    torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-12)
+    total = linear_logprobs(*given, targets, summed=True, most=most)
+    torch.testing.assert_close(total, expected.sum(), rtol=1e-12, atol=1e-12)
+    gradients = [torch.autograd.grad(-2 * one, leaves) for one in (total, expected.sum())]
+    torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-12)
+    assert max(widths) == {2**25: 96, 50 * 32: 32, 1: 32}[most]
+    assert sum(widths) == 3 * 96, "one pass forward and one backward for each, one pass for the sum"
+
+
+def test_only_the_gradients_that_are_wanted(widths):
+    (hidden, weight, _), targets, _ = head()
+    (alone,) = torch.autograd.grad(linear_logprobs(hidden, weight.detach(), None, targets, summed=True), [hidden])
+    both = torch.autograd.grad(linear_logprobs(hidden, weight, None, targets, summed=True), [hidden, weight])
+    assert torch.equal(alone, both[0])
+    with torch.no_grad():
+        assert linear_logprobs(hidden, weight, None, targets, summed=True).grad_fn is None
+    none = linear_logprobs(hidden[:0], weight, None, targets[:0], summed=True)
+    assert none.item() == 0
+    none.backward()
+
+
+def losses(model, batch):
+    """By all logits, by the sum, by each."""
+    plain = token_logprobs(*supervised_logits(model, batch))
+    return -plain.sum(), causal_loss(model, batch), -supervised_logprobs(model, batch).sum()
+
+
+def agree(model, batch):
+    leaves = [one for one in model.parameters() if one.requires_grad]
+    found = [[loss, *torch.autograd.grad(loss, leaves, allow_unused=True)] for loss in losses(model, batch)]
+    for one in found[1:]:
+        for made, expected in zip(one, found[0], strict=True):
+            assert (made is None) == (expected is None)
+            if made is not None:
+                torch.testing.assert_close(made, expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_loss_of_a_model_is_that_of_its_logits(tied, llama, examples, widths):
+    model, batch = llama(tie_word_embeddings=tied).double(), batch_of(examples)
+    agree(model, batch)
+    assert sum(widths) > 0
+    assert "forward" not in vars(model.lm_head)
+
+
+@pytest.mark.parametrize("settings", [{"target_modules": ["q_proj"]}, {"target_modules": ["q_proj", "lm_head"]}])
+def test_the_loss_through_peft(settings, llama, examples, widths):
+    model = get_peft_model(llama(), LoraConfig(r=2, init_lora_weights=False, **settings)).double().eval()
+    agree(model, batch_of(examples))
+    assert bool(widths) == ("lm_head" not in settings["target_modules"]), "an adapter on the output layer makes it more than a linear one"
+
+
+def test_the_loss_behind_soft_prompts(llama, examples, widths):
+    from peft import PromptTuningConfig
+
+    agree(get_peft_model(llama(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)).double().eval(), batch_of(examples))
+    assert widths
+
+
+def test_the_loss_of_a_model_that_goes_on_after_its_output_layer(examples, widths):
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    settings = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
+    torch.manual_seed(0)
+    model = Gemma2ForCausalLM(Gemma2Config(vocab_size=128, head_dim=16, final_logit_softcapping=0.1, **settings)).double()
+    agree(model, batch_of(examples))
+    assert not widths
+
+
+def test_an_output_layer_that_somebody_listens_to(llama, examples, widths):
+    model, heard = llama().double(), []
+    model.lm_head.register_forward_hook(lambda _, __, out: heard.append(out.shape))
+    batch = batch_of(examples)
+    causal_loss(model, batch)
+    assert heard == [(1, batch.targets, 128)]
+    assert not widths
+
+
+def test_trying_the_output_layer_draws_nothing(llama, examples):
+    model = llama(attention_dropout=0.5).double().train()
+    batch = batch_of(examples)
+    found = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        found.append(causal_loss(model, batch).item())
+    assert found[0] == found[1], "the first one tries, the second knows"
+
+
+def test_places_by_number(llama, examples):
+    model, batch = llama().double(), batch_of(examples)
+    places = torch.zeros_like(batch.supervised)
+    places[:, 1:3] = True
+    targets = batch.input_ids[places]
+    by_mask = logprobs_at(model, batch.inputs, places, targets)
+    torch.testing.assert_close(logprobs_at(model, batch.inputs, places.flatten().nonzero()[:, 0], targets), by_mask)
+    torch.testing.assert_close(cross_entropy(model, batch.inputs, places, targets), -by_mask.sum())
+
+
+def test_in_bf16_it_strays_no_further_than_logits_do(llama, examples):
+    model, batch = llama(), batch_of(examples)
+    exact = torch.autograd.grad(causal_loss(model, batch), list(model.parameters()))
+    with torch.autocast("cpu", torch.bfloat16):
+        plain, *fused = losses(model, batch)
+    apart = []
+    for loss in (plain, *fused):
+        found = torch.autograd.grad(loss, list(model.parameters()))
+        apart.append(sum((one - two).square().sum() for one, two in zip(found, exact, strict=True)))
+    assert max(apart[1:]) < 1.2 * apart[0]

@@ -23,9 +23,7 @@ _USUAL = 30.0  # seconds that compiling a block of a transformer takes
 _LEAST = 100  # updates of a run in which so much as measuring is worth it
 
 
-def choose(
-    model: Any, loss: Callable[[Any, Batch], Sum], batches: Sequence[Batch], updates: int, precision: Precision
-) -> tuple[bool, str]:
+def choose(model: Any, loss: Callable[[Any, Batch], Sum], batches: Sequence[Batch], updates: int, precision: Precision) -> tuple[bool, str]:
     """Whether to compile, and why; for `context.decide("compile", ...)`. Tries it only in a run that is long enough to pay for the try.
 
     batches: an update's, on the model's device. The model's weights and gradients are as before.

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Callable, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from temper.lazy import F, torch
+from temper.lazy import F, nn, torch
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from temper.train.batching import Batch
 
 
@@ -32,6 +37,27 @@ def _logprobs(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     return -F.cross_entropy(full, targets, reduction="none")
 
 
+# ----------------------------------------------------------------------------------------------- of a linear layer
+
+
+def linear_logprobs(
+    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, targets: torch.Tensor, *, summed: bool, most: int = 2**25
+) -> torch.Tensor:
+    """log softmax(hidden weight^T + bias)[target], natural logarithm, without ever holding all logits.
+
+    hidden: [N, H]; weight: [V, H]; targets: int64 [N]. Products are taken in autocast's format where it is on, softmax and sums in
+    float32 (float64). summed: gives the sum in place of [N]; then gradients are taken in the forward pass, so that logits are computed
+    once; else twice. most: logits at a time.
+    """
+    from temper.train.faster import heads, ops
+
+    node, rows = heads.Summed if summed else heads.Each, max(32, most // len(weight))
+    return node.apply(hidden, weight, bias, targets, ops.computing(hidden), rows, torch.is_grad_enabled())  # type: ignore[no-any-return]
+
+
+# -------------------------------------------------------------------------------------------------- of a model
+
+
 def supervised_logits(model: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits [N, V] at the places that predict a batch's N targets, and the targets [N], row by row.
 
@@ -40,29 +66,121 @@ def supervised_logits(model: Any, batch: Batch) -> tuple[torch.Tensor, torch.Ten
     the logits are those of a full pass. Works through `peft`. A model without an output layer that is a module of its own is
     asked for all logits.
     """
-    predicts = F.pad(batch.supervised[:, 1:], (0, 1))  # place t predicts token t + 1
-    length = predicts.shape[1]
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    return _logits(model, batch.inputs, _predicts(batch)), batch.input_ids[batch.supervised]
 
-    def leave_out(_: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        hidden, *rest = args
-        return hidden[:, -length:][predicts].unsqueeze(0), *rest  # soft prompts stand before the batch's own places
 
-    handle = head.register_forward_pre_hook(leave_out) if head is not None else None
-    try:
-        logits = model(**batch.inputs, use_cache=False).logits
-    finally:
-        if handle is not None:
-            handle.remove()
-    targets = batch.input_ids[batch.supervised]
-    if logits.shape[:-1] != (1, len(targets)):
-        logits = logits[:, -length:][predicts]
-    return logits.flatten(0, -2), targets
+def causal_loss(model: Any, batch: Batch) -> torch.Tensor:
+    """- sum of the log-probabilities of a batch's targets, each from the tokens before it, as `supervised_logits` would give it."""
+    return cross_entropy(model, batch.inputs, _predicts(batch), batch.input_ids[batch.supervised])
+
+
+def supervised_logprobs(model: Any, batch: Batch) -> torch.Tensor:
+    """Log-probabilities [N] of a batch's targets, each from the tokens before it, row by row."""
+    return logprobs_at(model, batch.inputs, _predicts(batch), batch.input_ids[batch.supervised])
+
+
+def cross_entropy(model: Any, inputs: Mapping[str, torch.Tensor], places: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """- sum of the log-probabilities that a model gives to targets [N] at places of its input; a scalar in float32 (float64).
+
+    inputs: what its forward takes, `input_ids` [B, T] among it. places: bool [B, T], of which N are True, row by row; or int64 [N], each
+    within B x T. Logits are never whole in memory where the model's output layer is its last: see `linear_logprobs`.
+    """
+    return -_scored(model, inputs, places, targets, summed=True)
+
+
+def logprobs_at(model: Any, inputs: Mapping[str, torch.Tensor], places: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Log-probabilities [N] of targets [N] at places of a model's input; see `cross_entropy`."""
+    return _scored(model, inputs, places, targets, summed=False)
 
 
 def sequence_logprobs(model: Any, batch: Batch, *, chunk: int | None = None) -> torch.Tensor:
     """Sum over each row's targets of their log-probabilities: [B], natural logarithm."""
-    logits, targets = supervised_logits(model, batch)
-    each = token_logprobs(logits, targets, chunk=chunk)
+    if chunk is None:
+        each = supervised_logprobs(model, batch)
+    else:
+        each = token_logprobs(*supervised_logits(model, batch), chunk=chunk)
     row = batch.supervised.nonzero()[:, 0]
     return each.new_zeros(len(batch.supervised)).index_add(0, row, each)
+
+
+def _predicts(batch: Batch) -> torch.Tensor:
+    """The places whose next token is a target: bool [B, T]."""
+    return F.pad(batch.supervised[:, 1:], (0, 1))
+
+
+def _head(model: Any) -> Any:
+    return model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+
+
+def _logits(model: Any, inputs: Mapping[str, torch.Tensor], places: torch.Tensor) -> torch.Tensor:
+    """Logits [N, V] at `places`."""
+    head, length = _head(model), inputs["input_ids"].shape[1]
+
+    def leave_out(_: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        hidden, *rest = args
+        return _at(hidden, places, length).unsqueeze(0), *rest
+
+    handle = head.register_forward_pre_hook(leave_out) if head is not None else None
+    try:
+        logits = model(**inputs, use_cache=False).logits
+    finally:
+        if handle is not None:
+            handle.remove()
+    count = int(places.sum()) if places.dtype == torch.bool else len(places)
+    return logits.flatten(0, -2) if logits.shape[:-1] == (1, count) else _at(logits, places, length)
+
+
+def _at(states: torch.Tensor, places: torch.Tensor, length: int) -> torch.Tensor:
+    """[B, T, H] -> [N, H]. Soft prompts stand before a row's own `length` places."""
+    states = states[:, -length:]
+    return states[places] if places.dtype == torch.bool else states.flatten(0, 1)[places]
+
+
+def _scored(model: Any, inputs: Mapping[str, torch.Tensor], places: torch.Tensor, targets: torch.Tensor, *, summed: bool) -> torch.Tensor:
+    """The log-probabilities or their sum, taken in place of logits by the output layer where it is the model's last word."""
+    head, length, made = _head(model), inputs["input_ids"].shape[1], list[torch.Tensor]()
+    if not _last(model, head, inputs):
+        each = token_logprobs(_logits(model, inputs, places), targets)
+        return each.sum() if summed else each
+
+    def score(hidden: torch.Tensor) -> torch.Tensor:
+        made.append(linear_logprobs(_at(hidden, places, length), head.weight, head.bias, targets, summed=summed))
+        return made[0].view(1, -1, 1)
+
+    with _instead(head, score):
+        model(**inputs, use_cache=False)
+    return made[0]
+
+
+_ENDS: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()
+"""Output layer -> whether its model hands on what it gives, once that has been tried."""
+
+
+def _last(model: Any, head: Any, inputs: Mapping[str, torch.Tensor]) -> bool:
+    """Whether a model's logits are what its output layer, a plain linear layer, gives: tried once, on a row of `inputs`."""
+    hooked = head is None or head._forward_hooks or head._forward_pre_hooks or head._backward_hooks or head._backward_pre_hooks
+    if type(head) is not nn.Linear or hooked or "forward" in vars(head):
+        return False
+    if head not in _ENDS:
+        made = list[torch.Tensor]()
+
+        def tell(hidden: torch.Tensor) -> torch.Tensor:
+            made.append(hidden[..., :1].clone())
+            return made[-1]
+
+        device = inputs["input_ids"].device
+        forked = torch.random.fork_rng([device] if device.type == "cuda" else [])  # trying must not move the run's draws
+        with torch.no_grad(), forked, _instead(head, tell):
+            logits = model(**{name: one[:1] for name, one in inputs.items()}, use_cache=False).logits
+        _ENDS[head] = len(made) == 1 and logits is made[0]
+    return _ENDS[head]
+
+
+@contextmanager
+def _instead(module: Any, forward: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
+    """Within, `module` computes by `forward`."""
+    module.forward = forward
+    try:
+        yield
+    finally:
+        del module.forward
