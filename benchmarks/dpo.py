@@ -29,7 +29,7 @@ import harness
 from harness import TUNED, Arm, Bench
 from sft import FOLDER, NO_CHECKPOINTING, clocked, on_gpu
 
-PAIRS, BLOCK, RATE, BETA, MOST = 32, 10, 3e-4, 0.1, 512  # of an update; updates of a block; the rate; DPO's beta; tokens of a row
+PAIRS, BLOCK, RATE, BETA, MOST = 32, 4, 3e-4, 0.1, 512  # of an update; updates of a block; the rate; DPO's beta; tokens of a row
 KIND, SHARE = 32, 0.55  # words that good answers have more of, and bad ones; which share of an answer's words is of its kind
 
 

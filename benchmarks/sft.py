@@ -355,7 +355,7 @@ def search(bench: Bench, name: str, arms: Sequence[Arm], options: Sequence[str])
 BRIEF = [name for name in BATCHES if name.endswith("by length") or name in ("1 row x 32", "packing bfd 1 x 8", "packing wrapped 8 x 1")]
 WORKLOADS: dict[str, dict[str, Any]] = {
     "full": {"title": "Supervised tuning, all weights", "batches": list(BATCHES), "options": list(OPTIONS)},
-    "lora": {"title": "Supervised tuning, LoRA of rank 8 on all linear layers", "lora": True},
+    "lora": {"title": "Supervised tuning, LoRA of rank 8 on all linear layers", "lora": True, "block": 5},
     "completion": {"title": "Supervised tuning, all weights, completions alone learnt", "shape": "completion"},
     "vocabulary": {"title": "Supervised tuning, all weights, vocabulary 32,000", "vocabulary": 32_000, "block": 4, "share": 0.5},
 }

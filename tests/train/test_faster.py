@@ -336,6 +336,21 @@ def test_the_first_batch_leaves_no_trace(llama, examples):
     assert apart(sped(model, two, "bf16"), other) == 0
 
 
+def test_weights_kept_in_bf16(llama, examples):
+    model, batch = llama(), collate(examples(5))
+    expected = gradients(model, batch)
+    half = llama().bfloat16()
+    plain, found = ([one.float() for one in way(half, batch)] for way in (gradients, sped))
+    assert strayed(found, expected) < 1.1 * strayed(plain, expected)
+
+
+def test_a_deep_model_is_compared_by_some_of_its_layers(examples):
+    model = made("SmolLM3", num_key_value_heads=2, num_hidden_layers=12, no_rope_layer_interval=3)
+    batch = collate(examples(3))
+    expected = gradients(model, batch)
+    assert apart(sped(model, batch), expected) < 1e-4
+
+
 def test_generation_and_evaluation_go_on_within(llama, examples):
     model, batch = llama().eval(), collate(examples(3))
     expected = model.generate(batch.input_ids[:1, :3], max_new_tokens=5, do_sample=False)
@@ -387,6 +402,15 @@ def test_adapters_compute_what_peft_does(targets, examples):
         without = causal_loss(model, batch)
         with faster(model, device="cpu"):
             torch.testing.assert_close(causal_loss(model, batch), without)
+
+
+def test_soft_prompts(llama, examples):
+    from peft import PromptTuningConfig
+
+    model = get_peft_model(llama(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    batch = collate(examples(5))
+    expected = gradients(model, batch)
+    assert apart(sped(model, batch), expected) < 2e-5
 
 
 def test_a_frozen_weight_that_changes_is_seen(llama, examples):

@@ -12,6 +12,7 @@ from temper.train.batching import Padded, collate
 from temper.train.logprobs import (
     causal_loss,
     cross_entropy,
+    linear_cross_entropy,
     linear_logprobs,
     logprobs_at,
     sequence_logprobs,
@@ -172,26 +173,27 @@ def test_a_linear_layer_s_log_probabilities(bias, most, widths):
     given, targets, slopes = head(bias)
     leaves = [one for one in given if one is not None]
     expected = token_logprobs(torch.nn.functional.linear(*given), targets)
-    each = linear_logprobs(*given, targets, summed=False, most=most)
+    each = linear_logprobs(*given, targets, most=most)
     torch.testing.assert_close(each, expected, rtol=1e-12, atol=1e-12)
     gradients = [torch.autograd.grad((one * slopes).sum(), leaves, retain_graph=True) for one in (each, expected)]
     torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-12)
-    total = linear_logprobs(*given, targets, summed=True, most=most)
-    torch.testing.assert_close(total, expected.sum(), rtol=1e-12, atol=1e-12)
-    gradients = [torch.autograd.grad(-2 * one, leaves) for one in (total, expected.sum())]
-    torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-12)
+    total = linear_cross_entropy(*given, targets, most=most)
+    torch.testing.assert_close(total, -expected.sum(), rtol=1e-12, atol=1e-12)
+    for factor in (1, -2):
+        gradients = [torch.autograd.grad(factor * one, leaves, retain_graph=True) for one in (total, -expected.sum())]
+        torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-12)
     assert max(widths) == {2**25: 96, 50 * 32: 32, 1: 32}[most]
     assert sum(widths) == 3 * 96, "one pass forward and one backward for each, one pass for the sum"
 
 
 def test_only_the_gradients_that_are_wanted(widths):
     (hidden, weight, _), targets, _ = head()
-    (alone,) = torch.autograd.grad(linear_logprobs(hidden, weight.detach(), None, targets, summed=True), [hidden])
-    both = torch.autograd.grad(linear_logprobs(hidden, weight, None, targets, summed=True), [hidden, weight])
+    (alone,) = torch.autograd.grad(linear_cross_entropy(hidden, weight.detach(), None, targets), [hidden])
+    both = torch.autograd.grad(linear_cross_entropy(hidden, weight, None, targets), [hidden, weight])
     assert torch.equal(alone, both[0])
     with torch.no_grad():
-        assert linear_logprobs(hidden, weight, None, targets, summed=True).grad_fn is None
-    none = linear_logprobs(hidden[:0], weight, None, targets[:0], summed=True)
+        assert linear_cross_entropy(hidden, weight, None, targets).grad_fn is None
+    none = linear_cross_entropy(hidden[:0], weight, None, targets[:0])
     assert none.item() == 0
     none.backward()
 

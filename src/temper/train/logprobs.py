@@ -41,18 +41,29 @@ def _logprobs(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 
 
 def linear_logprobs(
-    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, targets: torch.Tensor, *, summed: bool, most: int = 2**25
+    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, targets: torch.Tensor, *, most: int = 2**25
 ) -> torch.Tensor:
-    """log softmax(hidden weight^T + bias)[target], natural logarithm, without ever holding all logits.
+    """log softmax(hidden weight^T + bias)[target], natural logarithm, [N], without ever holding all logits.
 
     hidden: [N, H]; weight: [V, H]; targets: int64 [N]. Products are taken in autocast's format where it is on, softmax and sums in
-    float32 (float64). summed: gives the sum in place of [N]; then gradients are taken in the forward pass, so that logits are computed
-    once; else twice. most: logits at a time.
+    float32 (float64). most: logits at a time; they are computed again in the backward pass.
     """
+    return _of_linear(False, hidden, weight, bias, targets, most)
+
+
+def linear_cross_entropy(
+    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, targets: torch.Tensor, *, most: int = 2**25
+) -> torch.Tensor:
+    """- sum of `linear_logprobs`, a scalar. Gradients are taken in the forward pass, so that logits are computed once."""
+    return _of_linear(True, hidden, weight, bias, targets, most)
+
+
+def _of_linear(summed: bool, hidden: torch.Tensor, weight: torch.Tensor, *rest: Any) -> torch.Tensor:
     from temper.train.faster import heads, ops
 
-    node, rows = heads.Summed if summed else heads.Each, max(32, most // len(weight))
-    return node.apply(hidden, weight, bias, targets, ops.computing(hidden), rows, torch.is_grad_enabled())  # type: ignore[no-any-return]
+    bias, targets, most = rest
+    node, rows = heads.Summed if summed else heads.Each, max(32, most // weight.shape[0])
+    return node.apply(hidden, weight, bias, targets, ops.computing(hidden), rows, torch.is_grad_enabled())  # type: ignore[return-value]
 
 
 # -------------------------------------------------------------------------------------------------- of a model
@@ -83,9 +94,9 @@ def cross_entropy(model: Any, inputs: Mapping[str, torch.Tensor], places: torch.
     """- sum of the log-probabilities that a model gives to targets [N] at places of its input; a scalar in float32 (float64).
 
     inputs: what its forward takes, `input_ids` [B, T] among it. places: bool [B, T], of which N are True, row by row; or int64 [N], each
-    within B x T. Logits are never whole in memory where the model's output layer is its last: see `linear_logprobs`.
+    within B x T. Logits are never whole in memory where the model's output layer is its last: see `linear_cross_entropy`.
     """
-    return -_scored(model, inputs, places, targets, summed=True)
+    return _scored(model, inputs, places, targets, summed=True)
 
 
 def logprobs_at(model: Any, inputs: Mapping[str, torch.Tensor], places: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -137,14 +148,15 @@ def _at(states: torch.Tensor, places: torch.Tensor, length: int) -> torch.Tensor
 
 
 def _scored(model: Any, inputs: Mapping[str, torch.Tensor], places: torch.Tensor, targets: torch.Tensor, *, summed: bool) -> torch.Tensor:
-    """The log-probabilities or their sum, taken in place of logits by the output layer where it is the model's last word."""
+    """The log-probabilities or - their sum, taken in place of logits by the output layer where it is the model's last word."""
     head, length, made = _head(model), inputs["input_ids"].shape[1], list[torch.Tensor]()
     if not _last(model, head, inputs):
         each = token_logprobs(_logits(model, inputs, places), targets)
-        return each.sum() if summed else each
+        return -each.sum() if summed else each
 
     def score(hidden: torch.Tensor) -> torch.Tensor:
-        made.append(linear_logprobs(_at(hidden, places, length), head.weight, head.bias, targets, summed=summed))
+        of = linear_cross_entropy if summed else linear_logprobs
+        made.append(of(_at(hidden, places, length), head.weight, head.bias, targets))
         return made[0].view(1, -1, 1)
 
     with _instead(head, score):

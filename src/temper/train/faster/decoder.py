@@ -43,7 +43,7 @@ class Group:
         weights = [one.weight for one in linears]
         if any(one.requires_grad for one in weights):
             return Product(linears, _stacked(weights, kind), kind)
-        key = kind, *((id(one), one._version) for one in weights)
+        key = kind, *((id(one), one.data_ptr(), one._version) for one in weights)
         if self._held is None or self._held[0] != key:
             self._held = key, _stacked(weights, kind)
         return Product(linears, self._held[1], kind)
@@ -105,7 +105,7 @@ class Layer:
         if sequences is None:
             rest.update(attention_mask=attention_mask, position_embeddings=position_embeddings)
             return type(self.module).forward(self.module, hidden_states, *given, **rest)
-        x, kind = hidden_states[0], ops.computing(hidden_states)
+        x, kind = hidden_states[0].contiguous(), ops.computing(hidden_states)
         first, second = (self._norm(one) for one in (self.module.input_layernorm, self.module.post_attention_layernorm))
         turn, size, scale = self._turn(*position_embeddings), self.attention.head_dim, self.attention.scaling
         qkv, o, into, outof = (one.product(kind) for one in (self.qkv, self.o, self.into, self.outof))
@@ -155,19 +155,23 @@ class Decoder:
     ) -> Any:
         """In place of the body's own, for whole sequences of tokens; for whatever else is asked the body's own."""
         own = functools.partial(type(self.body).forward, self.body, **rest)
-        given = {"attention_mask": attention_mask, "position_ids": position_ids}
-        asked = past_key_values is not None or use_cache or any(value for name, value in rest.items() if name != "return_dict")
-        if asked or rest.get("return_dict") is False or not self.ready():
-            return own(input_ids, **given, past_key_values=past_key_values, inputs_embeds=inputs_embeds, use_cache=use_cache)
+        given = {"attention_mask": attention_mask, "position_ids": position_ids, "use_cache": use_cache}
+        if past_key_values is not None or use_cache or self._asked(rest) or not self.ready():
+            return own(input_ids, **given, past_key_values=past_key_values, inputs_embeds=inputs_embeds)
         x = self.body.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
-        laid = flat(x.shape[0], x.shape[1], attention_mask, position_ids, x.device) if ops.computing(x) != torch.float16 else None
-        if laid is None:
-            return own(None, **given, inputs_embeds=x, use_cache=False)
+        laid = flat(x.shape[0], x.shape[1], attention_mask, position_ids, x.device)
+        if laid is None or ops.computing(x) == torch.float16:
+            return own(None, **given, inputs_embeds=x)
         mark = x.new_empty(1, 1, 1, 1)  # of four dimensions, so that `transformers` hands it to the layers as it is
         mark.laid = laid.sequences  # type: ignore[attr-defined]
         made = own(None, inputs_embeds=laid.lay(x), attention_mask=mark, position_ids=laid.positions, use_cache=False)
         made.last_hidden_state = laid.stand(made.last_hidden_state, x.shape)
         return made
+
+    def _asked(self, rest: dict[str, Any]) -> bool:
+        """Whether a call, or the model's settings, ask for more than the last hidden states."""
+        kept = any(getattr(self.body.config, name, False) for name in ("output_hidden_states", "output_attentions"))
+        return kept or rest.get("return_dict") is False or any(value for name, value in rest.items() if name != "return_dict")
 
     def ready(self) -> bool:
         """Whether every layer is as the nodes compute it, and nobody listens to what they leave out."""
@@ -216,8 +220,8 @@ def decoder(model: Any) -> tuple[Decoder | None, str]:
     if offset is None:
         return None, f"{plain.__name__} computes something besides"
     for layer in body.layers:
-        if other := next((one for one, kind in zip(_kinds(layer), kinds, strict=True) if not issubclass(one, kind)), None):
-            return None, f"a {other.__name__} is none of {plain.__name__}'s own layers"
+        if other := next((one for one, kind in zip(_kinds(body, layer), kinds, strict=True) if not issubclass(one, kind)), None):
+            return None, f"{plain.__name__} has no {other.__name__} there of its own"
     return Decoder(body, offset), ""
 
 
@@ -236,9 +240,9 @@ def _unlike(body: Any) -> str:
     return ""
 
 
-def _kinds(layer: Any) -> list[type]:
-    """The classes of a layer and of what it is made of, linear layers apart."""
-    return [type(one) for one in (layer, *layer._modules.values(), layer.mlp.act_fn)]
+def _kinds(body: Any, layer: Any) -> list[type]:
+    """The classes of a layer and of what it is made of, linear layers apart, and of what stands beside the layers."""
+    return [type(one) for one in (layer, *layer._modules.values(), layer.mlp.act_fn, body.norm, body.rotary_emb)]
 
 
 _known: dict[tuple[type, str], tuple[float | None, list[type]]] = {}
@@ -256,6 +260,9 @@ def _compared(kind: type, told: str, config: Any) -> tuple[float | None, list[ty
     return _known[kind, told]
 
 
+_LAYERS = 8  # of a narrow model at most; layers of several kinds take turns sooner
+
+
 def _small(config: Any) -> Any:
     """The same settings for a narrow model."""
     small, groups = copy.deepcopy(config), config.num_attention_heads // config.num_key_value_heads
@@ -264,6 +271,9 @@ def _small(config: Any) -> Any:
     small.update({"head_dim": size, "vocab_size": 32, "pad_token_id": None, "bos_token_id": None, "eos_token_id": None})
     if getattr(config, "sliding_window", None):
         small.sliding_window = 5
+    if (count := config.num_hidden_layers) > _LAYERS:
+        lists = {name: one[:_LAYERS] for name, one in config.to_dict().items() if isinstance(one, list) and len(one) == count}
+        small.update({"num_hidden_layers": _LAYERS, **lists})
     small._attn_implementation = "sdpa"
     return small
 
@@ -287,4 +297,4 @@ def _compare(model: Any) -> tuple[float | None, list[type]]:
         made = found()
     # transformers takes norms and rotations in float32 whatever the format, hence no closer.
     same = all((one - two).abs().max() <= 1e-4 * one.abs().max() for one, two in zip(expected, made, strict=True))
-    return (offset if same else None), _kinds(body.layers[0])
+    return (offset if same else None), _kinds(body, body.layers[0])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,14 +38,15 @@ class Flat:
         return x.new_zeros(shape).flatten(0, 1).index_copy(0, self.places[: self.count], x[0, : self.count]).view(shape)
 
 
-def flat(batch: int, length: int, mask: Tensor | None, positions: Tensor | None, device: torch.device) -> Flat | None:
+def flat(batch: int, length: int, mask: Any, positions: Tensor | None, device: torch.device) -> Flat | None:
     """How a batch is laid flat; None where attention does not consist of intervals.
 
     mask: [B, T], 0 on padding, or bool [B, 1, T, T], which query sees which key. positions: [B, T]; without a mask, attention
     starts anew wherever they do not go on by 1, as in `transformers`.
     """
     total, where = batch * length, torch.arange(length, device=device) if positions is None else positions
-    if where.ndim > 2 or (mask is not None and (mask.ndim not in (2, 4) or mask.shape[-1] != length)):
+    known = mask is None or (isinstance(mask, Tensor) and mask.ndim in (2, 4) and mask.shape[-1] == length)
+    if where.ndim > 2 or not known:
         return None
     where = where.expand(batch, length)
     kept, bounds, lengths = None, None, torch.full((batch,), length, device=device)

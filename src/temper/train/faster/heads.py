@@ -20,8 +20,8 @@ from temper.train.faster.flat import STEP
 
 @dataclasses.dataclass
 class Pass:
-    """What one pass over the rows gives: log softmax(hidden weight^T + bias)[target], [N], and with slopes [N] the gradients of
-    sum(slopes x result) where `wanted`, of hidden, weight and bias."""
+    """What a pass over the rows gives. found: log softmax(hidden weight^T + bias)[target], [N]. gradients: with slopes [N], those of
+    sum(slopes x found) by hidden, weight and bias, where `wanted`."""
 
     found: Tensor
     gradients: list[Tensor | None]
@@ -30,13 +30,13 @@ class Pass:
 def _pass(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, kind: torch.dtype, rows: int, slopes: Tensor | None, wanted: Any
 ) -> Pass:
-    count, fill = len(targets), -len(targets) % STEP
+    count, fill = targets.shape[0], -targets.shape[0] % STEP
     h, targets = F.pad(hidden.detach().to(kind), (0, 0, 0, fill)), F.pad(targets, (0, fill))
     w, b = weight.detach().to(kind), None if bias is None else bias.detach().to(kind)
     slopes = None if slopes is None else F.pad(slopes, (0, fill))
-    found = h.new_empty(len(h), dtype=torch.promote_types(kind, torch.float32))
+    found = h.new_empty(count + fill, dtype=torch.promote_types(kind, torch.float32))
     dh, dw, db = torch.empty_like(h) if wanted[0] else None, None, None
-    for begin in range(0, len(h), rows):
+    for begin in range(0, count + fill, rows):
         part = slice(begin, begin + rows)
         logits = torch.mm(h[part], w.t()) if b is None else torch.addmm(b, h[part], w.t())
         found[part] = ops.log_probabilities(logits, targets[part], None if slopes is None else slopes[part])
@@ -73,19 +73,20 @@ class Each(torch.autograd.Function):
 
 
 class Summed(torch.autograd.Function):
-    """Their sum. Its gradients are taken in the forward pass, which has the logits."""
+    """- their sum. Its gradients are taken in the forward pass, which has the logits."""
 
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, kind: torch.dtype, rows: int, learning: bool
     ) -> Tensor:
         wanted = ctx.needs_input_grad if learning else (False,) * 3
-        slopes = targets.new_ones(len(targets), dtype=torch.promote_types(kind, torch.float32)) if any(wanted) else None
+        slopes = -targets.new_ones(targets.shape, dtype=torch.promote_types(kind, torch.float32)) if any(wanted) else None
         made = _pass(hidden, weight, bias, targets, kind, rows, slopes, wanted)
         ctx.save_for_backward(*made.gradients)
-        return made.found.sum()
+        return -made.found.sum()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
-        return *(None if one is None else one * slope.to(one.dtype) for one in ctx.saved_tensors), *(None,) * 4
+        as_is = slope.is_cpu and slope.item() == 1  # as a rule; a large vocabulary's gradient is not copied then
+        return *(one if one is None or as_is else one * slope.to(one.dtype) for one in ctx.saved_tensors), *(None,) * 4

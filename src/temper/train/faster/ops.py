@@ -49,7 +49,7 @@ def norm(x: torch.Tensor, weight: torch.Tensor, eps: float, offset: float, kind:
     if _plain(x, weight) or not native.suits(x, weight):
         r = torch.rsqrt(_wide(x).square().mean(-1) + eps)
         return normed(x, weight, r, offset, kind), r
-    h, r = x.new_empty(x.shape, dtype=kind), x.new_empty(len(x))
+    h, r = x.new_empty(x.shape, dtype=kind), x.new_empty(x.shape[0])
     native.call("norm", kind, x, weight, h, r, *x.shape, 0, _threads(), float(eps), float(offset))
     return h, r
 
@@ -72,7 +72,7 @@ def norm_backward(
         slope = g * (_wide(weight) + offset)
         dx = (slope - n * (slope * n).mean(-1, keepdim=True)) * r[:, None]
         return (_wide(dout) + dx).to(x.dtype), (g * n).sum(0).to(weight.dtype)
-    dx, sums = torch.empty_like(x), x.new_empty(-(-len(x) // _BLOCK), x.shape[1])
+    dx, sums = torch.empty_like(x), x.new_empty(-(-x.shape[0] // _BLOCK), x.shape[1])
     native.call("norm_backward", dh.dtype, x, r, weight, dh, dout, dx, sums, *x.shape, _BLOCK, _threads(), float(offset))
     return dx, sums.sum(0)
 
@@ -97,7 +97,7 @@ def gate(both: torch.Tensor, act: Act) -> torch.Tensor:
     if not native.suits(both):
         one, two = both.chunk(2, -1)
         return _act(one, act) * two
-    made = both.new_empty(len(both), both.shape[1] // 2)
+    made = both.new_empty(both.shape[0], both.shape[1] // 2)
     native.call(act, both.dtype, both, made, *made.shape, _threads())
     return made
 
@@ -277,11 +277,13 @@ def log_probabilities(logits: torch.Tensor, targets: torch.Tensor, slopes: torch
     slopes: [n]; where given, logits are overwritten by the gradient of sum(slopes x result).
     """
     if not native.suits(logits):
-        wide = _wide(logits)
-        logs = wide.log_softmax(-1)
+        logs = _wide(logits).log_softmax(-1)
+        found = logs.gather(1, targets[:, None])[:, 0]
         if slopes is not None:
-            logits.copy_(F.one_hot(targets, logits.shape[1]).to(wide.dtype).sub_(logs.exp()).mul_(slopes[:, None]))
-        return logs.gather(1, targets[:, None])[:, 0]
-    found = logits.new_empty(len(logits), dtype=torch.float32)
+            logits.copy_(logs.exp_().mul_(-slopes[:, None]))
+            rows = torch.arange(logits.shape[0], device=logits.device)
+            logits[rows, targets] = ((1 - found.exp()) * slopes).to(logits.dtype)
+        return found
+    found = logits.new_empty(logits.shape[0], dtype=torch.float32)
     native.call("cross", logits.dtype, logits, targets, slopes, found, *logits.shape, _threads())
     return found
