@@ -29,7 +29,13 @@ steps:
       evaluate_every: 3
       keep_best: true
       precision: float32
-  - tune: {model: base@best, updates: 4, batching: {bucketed: {size: 4}}, delta: {lora: {rank: 2}}, precision: float32, distribute: DISTRIBUTE}
+  - tune:
+      model: base@best
+      updates: 4
+      batching: {bucketed: {size: 4}}
+      delta: {lora: {rank: 2}}
+      precision: float32
+      distribute: DISTRIBUTE
   - evaluate: {model: [base, tune], method: language, resample: {bootstrap: {samples: 100}}}
 """
 
@@ -50,7 +56,7 @@ def launched(folder, launcher, *words):
 
 
 TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-ACCELERATE = ("accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no")
+ACCELERATE = ("accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1")
 
 
 @pytest.mark.parametrize(

@@ -80,7 +80,7 @@ def test_other_errors_are_left_as_they_are(go):
     def loss(model, batch):
         raise RuntimeError("shapes do not fit")
 
-    with pytest.raises(RuntimeError, match="^shapes do not fit$"):
+    with pytest.raises(RuntimeError, match=r"^shapes do not fit$"):
         go(loss)
 
 
