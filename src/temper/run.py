@@ -140,7 +140,7 @@ def run(
         from temper import report
         from temper.reporting import report_input
 
-        result.folders = _export(result, Path(out), store)
+        result.folders = _exports(result, Path(out), store)
         result.report = Path(out) / "report.html"
         report.write(report_input(result), result.report)
     return result
@@ -439,7 +439,7 @@ def complete(passport: Passport, out: Path, key: str, inputs: Inputs, base: Arte
 # -------------------------------------------------------------------------------------------------------- export
 
 
-def _export(result: Result, out: Path, store: Store) -> dict[str, Path]:
+def _exports(result: Result, out: Path, store: Store) -> dict[str, Path]:
     """The plain folders that the recipe asks for: `last`, `all`, `none`, or steps by name."""
     from temper.models.export import export
 

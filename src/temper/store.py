@@ -2,7 +2,7 @@
 
 <store>/artefacts/ab/abcdef.../   artefact.json, model/, record/
 <store>/work/abcdef.../           scratch and checkpoints of a step under way; survives a crash
-<store>/locks/abcdef....lock      held while a step is made: two runs never make one artefact twice
+<store>/locks/abcdef....lock      held while a step is made or a folder exported: two runs never do one thing at once
 <store>/runs/<time>-<name>.json   which recipe gave which artefacts
 <store>/verified.json             files already read whole, by identity (inode, size, time)
 """

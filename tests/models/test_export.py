@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import time
 from pathlib import Path
 
 import pytest
@@ -56,6 +58,27 @@ def test_an_export_is_replaced_by_another_and_a_users_folder_by_none(store, tmp_
     with pytest.raises(Problem, match="holds files that no export wrote; choose another folder, or empty it"):
         export(one, tmp_path / "mine", store)
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["letter.txt"]
+
+
+def test_many_at_once_export_to_one_folder(store, tmp_path, monkeypatch):
+    """In processes, as two runs of one recipe do; renaming takes long enough for all of them to be at it."""
+    ones = [made(store, name) for name in ("one", "two")]
+    rename = Path.rename
+    monkeypatch.setattr(Path, "rename", lambda path, target: (time.sleep(0.1), rename(path, target)))
+    others = []
+    for index in range(4):
+        process = os.fork()
+        if not process:
+            code = 1
+            try:
+                export(ones[index % 2], tmp_path / "out", store)
+                code = 0
+            finally:
+                os._exit(code)
+        others.append(process)
+    assert [os.waitpid(process, 0)[1] for process in others] == [0] * 4
+    assert [path.name for path in tmp_path.glob("*out*")] == ["out"]
+    assert json.loads((tmp_path / "out" / MARK).read_text())["export"]["artefact"] in [one.id for one in ones]
 
 
 def test_the_hub_gets_the_folder_without_the_mark(store, monkeypatch):

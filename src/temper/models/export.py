@@ -12,7 +12,7 @@ from typing import Any
 from temper.context import write
 from temper.parts import Problem, shown
 from temper.passport import Artefact, Passport, family
-from temper.store import Store
+from temper.store import Store, digest
 
 MARK = "temper.json"
 """In an exported folder: which artefact it is. A folder without it is the user's own and is never overwritten."""
@@ -22,9 +22,13 @@ def export(artefact: Artefact, folder: Path, store: Store, *, merged: bool = Fal
     """Writes an artefact as a folder that `transformers` or `peft` load without this package.
 
     merged: an adapter is folded into its base first. Written beside and renamed; raises `Problem` where `folder` holds
-    something else.
+    something else. Of two runs that export to one folder, the second waits.
     """
-    folder = Path(folder)
+    with store.lock(f"export-{digest(str(Path(folder).resolve()))[:16]}"):
+        return _export(artefact, Path(folder), store, merged)
+
+
+def _export(artefact: Artefact, folder: Path, store: Store, merged: bool) -> Path:
     if folder.exists() and any(folder.iterdir()) and not (folder / MARK).is_file():
         raise Problem(f"{shown(folder.name)} holds files that no export wrote; choose another folder, or empty it")
     said = {"artefact": artefact.id, "content": artefact.content, "merged": merged}
