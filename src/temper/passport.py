@@ -127,6 +127,16 @@ class Figure:
         return f"{self.value:.4g}{interval}{' ' + self.unit if self.unit else ''}"
 
 
+_FIGURE = re.compile(r"(?:(?P<model>.+?)\.)?(?P<figure>[^.\[\]]+(?:\[[^=\]]+=.*\])?)")
+
+
+def whose(name: str) -> tuple[str, str]:
+    """A figure's name in two: `tune.accuracy[task=sort]` is of `tune` and is `accuracy[task=sort]`. The first is empty where no model is
+    named."""
+    found = _FIGURE.fullmatch(name)
+    return (found["model"] or "", found["figure"]) if found else ("", name)
+
+
 @dataclasses.dataclass(frozen=True)
 class Artefact:
     """What a step left: an immutable folder with a passport.

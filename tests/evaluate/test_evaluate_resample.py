@@ -8,7 +8,7 @@ from scipy import stats
 
 from temper.context import Context
 from temper.evaluate.engine import figure, units
-from temper.evaluate.metric import Estimate, calibration_error, mean, ratio
+from temper.evaluate.records import Estimate, calibration_error, mean, ratio, summed
 from temper.evaluate.resample import Bootstrap
 from temper.parts import Problem, build
 
@@ -78,23 +78,31 @@ def test_two_models_are_drawn_on_the_same_units(tmp_path):
 def test_one_unit_tells_nothing(tmp_path):
     assert started(tmp_path)(data(1), ratio) is None
     estimate = mean("accuracy", numpy.array([1.0, 0.0]), "share", "higher")
-    made = figure(estimate, numpy.array([0, 0]), started(tmp_path))
+    made = figure(summed(estimate, numpy.array([0, 0])), started(tmp_path))
     assert (made.value, made.low, made.high, made.n) == (0.5, None, None, 1)
 
 
 def test_without_resampling_there_is_no_interval():
-    made = figure(mean("accuracy", numpy.array([1.0, 0.0]), "share", "higher"), numpy.arange(2), None)
+    made = figure(summed(mean("accuracy", numpy.array([1.0, 0.0]), "share", "higher"), numpy.arange(2)), None)
     assert (made.value, made.low, made.high, made.n) == (0.5, None, None, 2)
+
+
+def test_resamples_in_which_there_is_no_figure_do_not_count(tmp_path):
+    """A share among two of forty units: one resample in seven holds neither of them."""
+    sums = numpy.zeros((40, 2))
+    sums[0], sums[1] = (1, 1), (0, 1)
+    assert started(tmp_path)(sums, ratio) == (0, 1)
+    assert started(tmp_path)(numpy.zeros((40, 2)), ratio) is None
 
 
 def test_a_clusters_copies_count_once(tmp_path):
     """Nine copies of each example, one cluster each, are as sure as the example alone; taken for independent, three times as sure."""
     sums, bootstrap = data(), started(tmp_path)
-    single = figure(Estimate("f", sums, ratio, "", "lower"), numpy.arange(80), bootstrap)
+    single = figure(summed(Estimate("f", sums, ratio, "", "lower"), numpy.arange(80)), bootstrap)
     copies = Estimate("f", numpy.repeat(sums, 9, 0), ratio, "", "lower")
-    clustered = figure(copies, numpy.repeat(numpy.arange(80), 9), bootstrap)
+    clustered = figure(summed(copies, numpy.repeat(numpy.arange(80), 9)), bootstrap)
     assert (clustered.low, clustered.high, clustered.n) == (pytest.approx(single.low), pytest.approx(single.high), 80)
-    apart = figure(copies, numpy.arange(720), bootstrap)
+    apart = figure(summed(copies, numpy.arange(720)), bootstrap)
     assert (apart.high - apart.low) * 3 == pytest.approx(single.high - single.low, rel=0.15)
 
 
@@ -103,7 +111,7 @@ def test_calibration_error_lies_inside_its_interval_also_near_zero(tmp_path):
     rng = numpy.random.default_rng(3)
     confidence = rng.uniform(0.2, 1, 300)
     made = {"confidence": confidence, "correct": rng.random(300) < confidence}
-    found = figure(calibration_error("ece", made, 10), numpy.arange(300), started(tmp_path))
+    found = figure(summed(calibration_error("ece", made, 10), numpy.arange(300)), started(tmp_path))
     assert 0 <= found.low < found.value < found.high
     below = (found.value - found.low) / (found.high - found.low)
     assert 0.3 < below < 0.7

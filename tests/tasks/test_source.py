@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +16,7 @@ from temper.tasks import source as module
 from temper.tasks.files import File
 from temper.tasks.library import Library
 from temper.tasks.rows import Rows
-from temper.tasks.source import Derive, Joined, Source, Task, draw, joined, source, words
+from temper.tasks.source import Cloze, Derive, Halves, Joined, Source, Task, draw, joined, source, words
 from temper.tasks.verifiable import Arithmetic, Brackets, ReverseLetters, ReverseWords, SortLetters, SortWords, Verifiable, correct
 
 
@@ -99,7 +101,7 @@ def test_a_source_within_a_source(folder):
         ),
         (["task:sort-words", "house:x"], "`1`: no house data `x`; there is `library`"),
         ([], "an empty list names no data; name a source"),
-        (3, "3: slot `data` takes the name of a part; there is `derive` · `file` · `library` · `task`"),
+        (3, "3: slot `data` takes the name of a part; there is `cloze` · `derive` · `file` · `halves` · `library` · `task`"),
     ],
 )
 def test_bad_names(folder, ref, message):
@@ -123,7 +125,7 @@ def test_a_recipes_own_source(tmp_path):
 
 
 def test_the_slot_holds_sources_alone():
-    assert set(Source.__slot__.parts()) == {"file", "library", "task", "derive"}
+    assert set(Source.__slot__.parts()) == {"cloze", "file", "halves", "library", "task", "derive"}
 
 
 # --------------------------------------------------------------------------------------------------------- tasks
@@ -253,6 +255,115 @@ def test_derive_digest_follows_the_text_and_not_its_path(folder):
     moved.write_text(moved.read_text() + "\n")
     assert Derive(source=File(str(moved))).digest() != before
     assert Derive(source=File(str(moved)), seed=3).digest() != Derive(source=File(str(moved))).digest()
+
+
+# -------------------------------------------------------------------------------------------------------- cloze
+
+SENTENCES = [f"Now {chr(97 + n)}x is {chr(97 + n)}y if not {chr(97 + n)}z and Up{n} or Down{n} but never {chr(97 + n)}w" for n in range(12)]
+
+
+@pytest.fixture
+def sentences(tmp_path):
+    file = tmp_path / "sentences.jsonl"
+    file.write_text("".join(json.dumps({"text": text, "mood": n % 2}) + "\n" for n, text in enumerate(SENTENCES)))
+    return File(str(file), test=str(file))
+
+
+def test_the_true_choice_of_a_cloze_is_the_next_word_of_its_text(sentences):
+    rows = Cloze(source=sentences, choices=3, context=12, count=500).load("train")
+    assert (rows.shape, rows.name) == ("completion", "cloze of sentences.jsonl")
+    assert len(rows) > 100
+    for row in rows.rows:
+        text = SENTENCES[row["group"]]
+        assert f"{row['prompt']}{row['completion']}" in text
+        assert row["choices"][row["answer"]] == row["completion"]
+        assert len(set(row["choices"])) == 3
+        assert row["mood"] == row["group"] % 2
+        assert text[text.index(row["prompt"]) - 1] == " " if not text.startswith(row["prompt"]) else len(row["prompt"]) == 12
+        kinds = {"keyword" if word[1:] in ("is", "if", "not", "and", "or") else word.islower() for word in row["choices"]}
+        assert len(kinds) == 1, "a word's kind would give the answer away"
+
+
+def test_every_word_with_enough_before_it_is_asked_about_once(sentences):
+    rows = Cloze(source=sentences, choices=2, context=14, count=10_000).load("train").rows
+    wanted = sum(found.start() >= 14 for text in SENTENCES for found in re.finditer(r" \w+", text))
+    assert len(rows) == len({row["prompt"] for row in rows}) == wanted - 11  # all but one of the prompts `but never`
+    few = Cloze(source=sentences, choices=2, context=14, count=7).load("train").rows
+    assert few == rows[:7]
+
+
+def test_words_alone_do_not_tell_the_answer(tmp_path):
+    """A distractor is as often a frequent word as the true one: who always takes the most frequent choice is right as often as chance."""
+    rng = random.Random(0)
+    words_, weights = [f"w{n}" for n in range(40)], [1 / (1 + n) for n in range(40)]
+    texts = [" ".join(rng.choices(words_, weights, k=60)) for _ in range(400)]
+    (tmp_path / "drawn.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    file = File(str(tmp_path / "drawn.jsonl"), test=str(tmp_path / "drawn.jsonl"))
+    rows = Cloze(source=file, count=4000, context=20, choices=2).load("train").rows
+    right = sum(min(row["choices"], key=lambda word: int(word[2:])) == row["completion"] for row in rows)
+    assert right / len(rows) == pytest.approx(0.5, abs=4 * 0.5 / len(rows) ** 0.5)
+    assert sum(row["answer"] for row in rows) / len(rows) == pytest.approx(0.5, abs=4 * 0.5 / len(rows) ** 0.5)
+
+
+def test_a_cloze_is_the_same_for_a_seed_and_keeps_modules(sentences):
+    assert Cloze(source=sentences, context=12).load("train") == Cloze(source=sentences, context=12).load("train")
+    assert Cloze(source=sentences, context=12).load("train") != Cloze(source=sentences, context=12, seed=1).load("train")
+    made = Cloze(source=Library(limit=100_000, holdout=0.2), test_count=20).load("test").rows
+    assert all(row["module"] and "group" not in row and correct(row, row["completion"]) for row in made)
+
+
+def test_a_cloze_of_too_short_texts_is_refused(sentences):
+    with pytest.raises(Problem) as caught:
+        Cloze(source=sentences, context=500).load("train")
+    assert str(caught.value) == (
+        "sentences.jsonl has 0 words with 500 characters before them, and 4 choices of one kind for none of them; "
+        "lower `context` or `choices`, or give more text"
+    )
+
+
+# ------------------------------------------------------------------------------------------------------- halves
+
+
+def test_halves_are_all_rows_once_and_change_places():
+    inner = Task(count=21, test_count=10)
+    every = [row["prompt"] for split in ("train", "test") for row in inner.load(split).rows]
+    made = Halves(source=inner, split=3)
+    one, two = made.load("train"), made.load("test")
+    assert sorted([row["prompt"] for row in [*one.rows, *two.rows]]) == sorted(every)
+    assert (len(one), len(two)) == (15, 16)
+    swapped = Halves(source=inner, split=3, swapped=True)
+    assert (swapped.load("train").rows, swapped.load("test").rows) == (two.rows, one.rows)
+    assert made.load("train") == one
+
+
+def test_halves_of_different_splits_share_about_half():
+    inner = Task(count=400, test_count=100)
+    first, other = (prompts(Halves(source=inner, split=split).load("train")) for split in (0, 1))
+    assert len(first) == len(other) == 250
+    assert 125 - 40 < len(first & other) < 125 + 40  # hypergeometric, standard deviation 5.6
+
+
+def test_what_belongs_together_stays_on_one_side(tmp_path):
+    rows = [{"text": f"text {n}", "module": f"m{n % 7}"} for n in range(70)] + [{"text": "the same"}] * 10
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for split in range(5):
+        made = Halves(source=File(str(tmp_path / "a.jsonl")), split=split)
+        one, two = ({row.get("module") for row in made.load(side).rows} for side in ("train", "test"))
+        assert one | two == {*(f"m{n}" for n in range(7)), None}
+        assert not one & two
+    (tmp_path / "b.jsonl").write_text('{"text": "the same"}\n' * 9)
+    with pytest.raises(Problem, match="its 18 rows are of 1 groups, which make no two halves"):
+        Halves(source=File(str(tmp_path / "b.jsonl"), test=str(tmp_path / "b.jsonl"))).load("train")
+
+
+def test_sources_within_halves_and_cloze_are_found_beside_the_recipe(folder):
+    made = source({"halves": {"source": "train.jsonl", "split": 1}}, folder)
+    assert made == Halves(source=File(path=str(folder / "train.jsonl")), split=1)
+    assert source({"cloze": {"source": ["train.jsonl", "house:library"]}}, folder).source[0].path == str(folder / "train.jsonl")
+    digests = {
+        one.digest() for one in (made, Halves(source=made.source), Halves(source=made.source, swapped=True), Cloze(source=made.source))
+    }
+    assert len(digests) == 4
 
 
 # -------------------------------------------------------------------------------------------------------- lists

@@ -9,10 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from temper.parts import Problem, Scope, fill
-from temper.tasks import verifiable
+from temper.tasks import questions, verifiable
 from temper.tasks.verifiable import (
     Arithmetic,
     Brackets,
+    Instructions,
     ReverseLetters,
     ReverseWords,
     SortLetters,
@@ -20,6 +21,7 @@ from temper.tasks.verifiable import (
     SortWords,
     Verifiable,
     correct,
+    formed,
 )
 
 TASKS = [cls() for cls in Verifiable.__slot__.parts().values()]
@@ -28,6 +30,7 @@ TASKS += [
     Arithmetic(digits=1, operation="+", working=True),
     Brackets(kinds=1, depth=2, shortest=1),
     Brackets(kinds=4, shortest=20, longest=20),
+    Instructions(skills=("count",), marks=4, shortest=1, longest=12, alphabet="in,"),
     ReverseLetters(words=("abc", "def", "aa")),
     SortLetters(alphabet="ab", shortest=1),
     SortNumbers(digits=1),
@@ -99,6 +102,11 @@ HAND_MADE = [
     (Arithmetic(), "4 7 + 3 8 ==", "8 5"),
     (Arithmetic(), "1 0 - 1 0 ==", "0"),
     (Brackets(), "closing ( [ ] { ==", "} )"),
+    (Instructions(), "sort d b a b , answer in [ ] ==", "[ a b b d ]"),
+    (Instructions(), "reverse d b a , answer in < > ==", "< a b d >"),
+    (Instructions(), "last d b a , answer in { } ==", "{ a }"),
+    (Instructions(), "count b in b d b , answer in ( ) ==", "( 2 )"),
+    (Instructions(), "add 7 0 8 , answer in ( ) ==", "( 1 5 )"),
 ]
 
 
@@ -170,6 +178,9 @@ def test_lengths_are_kept(seed):
         ({"arithmetic": {"operation": "*"}}, '`arithmetic.operation`: "*" is not a choice; there is `+` · `-` · `both`'),
         ({"brackets": {"depth": 1}}, "`brackets.depth`: 1: must be at least 2"),
         ({"brackets": {"kind": 1}}, "`brackets.kind`: part `brackets` has no setting `kind`; did you mean `kinds`?"),
+        ({"instructions": {"skills": []}}, "`instructions.skills`: []: must have at least 1 items"),
+        ({"instructions": {"skills": ["sort", "sort"]}}, '`instructions`: `skills` holds "sort" twice; name each once'),
+        ({"instructions": {"alphabet": "ab[]"}}, '`instructions`: `alphabet` holds "[", which marks answers; leave it out'),
         ("sort-word", "slot `task` has no part `sort-word`; did you mean `sort-words`?"),
     ],
 )
@@ -185,6 +196,16 @@ def test_bad_settings(settings, message):
         (SortWords(), "reversed( a b ) ==", '"reversed( a b ) ==" is no question of this task, which are written `sorted( ... ) ==`'),
         (SortNumbers(), "sorted( a , 1 ) ==", '"sorted( a , 1 ) ==": "a" is no whole number'),
         (Arithmetic(), "47 + 38 ==", '"47 + 38 ==" is no question of this task, which are written such as `4 7 + 3 8 ==`'),
+        (
+            Instructions(),
+            "sort b a ==",
+            '"sort b a ==" is no question of this task, which are written such as `sort b a , answer in [ ] ==`',
+        ),
+        (
+            Instructions(),
+            "add b 1 , answer in [ ] ==",
+            '"add b 1 , answer in [ ] ==" is no question of this task, which are written such as `sort b a , answer in [ ] ==`',
+        ),
         (Brackets(), "closing x ==", '"closing x ==" is no question of this task, which are written such as `closing ( [ ==`'),
         (Brackets(), "closing ( ] ==", '"closing ( ] ==": `]` closes nothing that is open'),
     ],
@@ -193,6 +214,51 @@ def test_a_strange_prompt_is_refused(task, prompt, message):
     with pytest.raises(Problem) as caught:
         task.check(prompt, "a")
     assert str(caught.value) == message
+
+
+@given(seeds, st.data())
+def test_form_and_content_of_an_instruction_are_apart(seed, data):
+    task = Instructions(marks=4)
+    row = task.example(random.Random(seed))
+    left, *content, right = row["completion"].split()
+    assert row["skill"] == row["prompt"].split()[0]
+    other = data.draw(st.sampled_from([marks for marks in ("()", "[]", "{}", "<>") if marks != left + right]))
+    ill = [" ".join(content), f"{other[0]} {' '.join(content)} {other[1]}", f"{left} {' '.join(content)}", f"{left} {right}", ""]
+    ill += [f"{row['completion']} {row['completion']}", f"{row['completion']} .", f"{left}{' '.join(content)}{right}"]
+    for text in ill:
+        assert not task.formed(row["prompt"], text)
+        assert not task.check(row["prompt"], text)
+    wrong = f" {left} {' '.join([*content, 'z'])} {right}\n"
+    assert task.formed(row["prompt"], wrong)
+    assert not task.check(row["prompt"], wrong)
+    assert formed(row, row["completion"])
+    assert not formed(row, ill[0])
+
+
+def test_the_form_that_a_row_asks_for():
+    row = {"prompt": "1 + 1?", "completion": " so #### 2", "format": r".*#### \d+"}
+    assert formed(row, " hence #### 3\n")
+    assert not formed(row, "hence 2")
+    assert formed({"prompt": "1 + 1?", "completion": " 2"}, "anything")
+    assert formed({"prompt": "1 + 1 ==", "completion": " 2", "task": "arithmetic"}, "anything")
+    with pytest.raises(Problem, match=r'^column `format`: "\(" is no regular expression: '):
+        formed({**row, "format": "("}, "a")
+
+
+def test_answers_in_messages_are_judged_by_their_text():
+    row = {"prompt": [{"role": "user", "content": "1 + 1?"}], "completion": [{"role": "assistant", "content": "so 2"}], "format": "so .*"}
+    assert questions.right(row, " so 2\n")
+    assert not questions.right(row, "so 3")
+    assert questions.formed(row, "so 3")
+    assert not questions.formed(row, "2")
+    assert questions.formed({**row, "format": None}, "2")
+
+
+def test_a_changed_prompt_is_judged_by_what_was_asked():
+    row = {"prompt": "sorted( b x ) ==", "completion": " a b", "task": "sort-letters"}
+    assert correct(row, " b x")
+    assert not correct({**row, "asked": "sorted( b a ) =="}, " b x")
+    assert correct({**row, "asked": "sorted( b a ) =="}, " a b")
 
 
 def test_rows_without_a_task_are_compared():

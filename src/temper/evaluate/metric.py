@@ -6,59 +6,50 @@ models are functions of these records alone.
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
+import re
+import string
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Protocol
 
+from pydantic import Field
+
+from temper.evaluate.records import (
+    Estimate,
+    Measured,
+    Records,
+    calibration_error,
+    columns,
+    likelihood,
+    mean,
+    ratio,
+    reliability,
+    together,
+)
 from temper.lazy import numpy
-from temper.parts import Count, Problem, part, slot
+from temper.parts import Count, Problem, Rate, part, slot
+from temper.statistics.emergence import edit_distance
 
 if TYPE_CHECKING:
-    from temper.evaluate.resample import Statistic
     from temper.evaluate.subject import Subject
-
-Records = Mapping[str, Any]
-"""Columns of equal length [N]; `row` int64 is the example's place among the rows measured."""
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Estimate:
-    """A figure as a function of sums over records. terms: float64 [N, K]; the figure is `statistic(terms.sum(0))`."""
-
-    name: str
-    terms: numpy.ndarray
-    statistic: Statistic
-    unit: str
-    better: Literal["lower", "higher"]
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Measured:
-    """One table of records and what is estimated from it. reliability: a reliability diagram's numbers, as `reliability` makes them."""
-
-    name: str
-    records: Records
-    estimates: tuple[Estimate, ...]
-    reliability: dict[str, Any] | None = None
-
-
-def together(metrics: Sequence[Callable[[Subject], list[Measured]]]) -> Callable[[Subject], list[Measured]]:
-    """How a list of metrics acts as one: side by side. They share the subject's passes."""
-    return lambda subject: [one for metric in metrics for one in metric(subject)]
 
 
 @slot(combine=together, phased=False)
 class Metric(Protocol):
     """What is measured?
 
-    `(subject) -> [Measured]`: tables of per-example records of one model on the data, each with its figures as functions of
-    sums over them. `asks` says whether the data must ask something (completion or chat rows).
+    `(subject) -> [Measured]`: tables of per-example records of one model on the data. `estimates(table, records)`: the figures of a
+    table, as functions of sums over its records and of nothing else; none for a table of another metric. `asks` says whether the
+    data must ask something (completion or chat rows), `data` whether any are needed. A metric that needs `reference` compares with
+    the model given as `reference`; `tokenwise` says that both must have one tokenizer.
     """
 
     def __call__(self, subject: Subject) -> list[Measured]: ...
 
+    def estimates(self, table: str, records: Records) -> tuple[Estimate, ...]: ...
 
-# ---------------------------------------------------------------------------------------------------------- parts
+
+# ------------------------------------------------------------------------------------------------------- likelihood
 
 
 @part
@@ -70,10 +61,79 @@ class Perplexity:
     """
 
     def __call__(self, subject: Subject) -> list[Measured]:
-        made = subject.predictions
-        row, where, tokens = numpy.unique(made.row, return_inverse=True, return_counts=True)
-        records = {"row": row, "nll": numpy.bincount(where, made.nll), "tokens": tokens, "bytes": subject.bytes[row]}
-        return [Measured("perplexity", records, likelihood(records))]
+        row, nll, tokens = subject.nats
+        spelled = subject.bytes[row]
+        if not spelled.sum():
+            raise Problem("the predicted tokens spell no byte of text; give longer texts or completions")
+        return [Measured("perplexity", {"row": row, "nll": nll, "tokens": tokens, "bytes": spelled})]
+
+    def estimates(self, table: str, records: Records) -> tuple[Estimate, ...]:
+        return likelihood(records) if table == "perplexity" else ()
+
+
+@part(needs=("reference",))
+class Forgetting:
+    """What a model lost against the one that it came from, on the same rows.
+
+    Formula: sum over examples of (nats of the model - nats of the reference) / tokens.
+    Below 0: it gained.
+    """
+
+    tokenwise: ClassVar[bool] = True
+
+    def __call__(self, subject: Subject) -> list[Measured]:
+        row, nll, tokens = subject.nats
+        known = subject.compared.nats
+        if not (numpy.array_equal(row, known[0]) and numpy.array_equal(tokens, known[2])):
+            raise Problem(
+                f"{subject.name} and the reference {subject.compared.name} read the rows as different tokens; compare models of one "
+                "tokenizer, at a `length` that both have positions for",
+                ("reference",),
+            )
+        return [Measured("forgetting", {"row": row, "nll": nll, "reference": known[1], "tokens": tokens})]
+
+    def estimates(self, table: str, records: Records) -> tuple[Estimate, ...]:
+        if table != "forgetting":
+            return ()
+        lost = numpy.asarray(records["nll"]) - numpy.asarray(records["reference"])
+        return (Estimate("forgetting", columns(lost, records["tokens"]), ratio, "nats", "lower"),)
+
+
+@part(needs=("reference",))
+class Agreement:
+    """How much a model predicts what its reference predicts.
+
+    Formula: mean [argmax p = argmax q]; mean of KL(q || p) = sum q (ln q - ln p), q the reference's distribution.
+    """
+
+    of: Literal["tokens", "choices"] = "tokens"
+    """The next token at every supervised place, or the answer among a row's `choices`."""
+
+    @property
+    def asks(self) -> bool:
+        return self.of == "choices"
+
+    @property
+    def tokenwise(self) -> bool:
+        return self.of == "tokens"
+
+    def __call__(self, subject: Subject) -> list[Measured]:
+        if self.of == "tokens":
+            made = subject.divergences
+            records = {"row": made.row, "same": made.same, "kl": made.kl}
+        else:
+            one, other = subject.choices, subject.compared.choices
+            records = {"row": one.row, "same": one.predicted == other.predicted, "kl": one.divergence(other)}
+        return [Measured(f"{self.of.removesuffix('s')}_agreement", records)]
+
+    def estimates(self, table: str, records: Records) -> tuple[Estimate, ...]:
+        name = self.of.removesuffix("s")
+        if table != f"{name}_agreement":
+            return ()
+        return (mean(table, records["same"], "share", "higher"), mean(f"{name}_kl", records["kl"], "nats", "lower"))
+
+
+# ---------------------------------------------------------------------------------------------------------- answers
 
 
 @part
@@ -87,8 +147,157 @@ class Accuracy:
 
     def __call__(self, subject: Subject) -> list[Measured]:
         made = subject.answers
-        records = {"row": made.row, "correct": made.correct, "finished": made.finished}
-        return [Measured("accuracy", records, (mean("accuracy", made.correct, "share", "higher"),))]
+        return [Measured("accuracy", {"row": made.row, "correct": made.correct, "finished": made.finished})]
+
+    def estimates(self, table: str, records: Records) -> tuple[Estimate, ...]:
+        return (mean("accuracy", records["correct"], "share", "higher"),) if table == "accuracy" else ()
+
+
+@part
+class ExactMatch:
+    """Share of greedy answers that equal one of a row's answers in its letters.  Rajpurkar et al. 2016 (SQuAD), section 6
+
+    A row's answers are its list `answers`, else its completion.
+    """
+
+    asks: ClassVar[bool] = True
+    normalise: Literal["squad", "space"] = "squad"
+    """`squad`: lower case, without ASCII punctuation, without the articles a, an, the, runs of white space as one; `space`: runs of
+    white space as one."""
+
+    def __call__(self, subject: Subject) -> list[Measured]:
+        made, read = subject.answers, _squad if self.normalise == "squad" else _spaced
+        accepted = [{read(one) for one in some} for some in subject.accepted]
+        matched = numpy.array([read(text) in some for text, some in zip(made.text.tolist(), accepted)], bool)
+        return [Measured("exact_match", {"row": made.row, "matched": matched})]
+
+    def estimates(self, table: str, records: Records) -> tuple[Estimate, ...]:
+        return (mean("exact_match", records["matched"], "share", "higher"),) if table == "exact_match" else ()
+
+
+@part
+class TokenEdit:
+    """How far greedy answers are from the rows', in tokens.  Schaeffer et al. 2023, section 3
+
+    Formula: the least number of tokens put in, taken out or exchanged that make one the other; and that over the longer one's tokens.
+    Of several `answers` the nearest counts. White space around an answer does not.
+    """
+
+    asks: ClassVar[bool] = True
+
+    def __call__(self, subject: Subject) -> list[Measured]:
+        made = subject.answers
+        said, wanted = subject.tokens(made.text.tolist()), [subject.tokens(some) for some in subject.accepted]
+        pairs = [min(_edited(one, other) for other in some) for one, some in zip(said, wanted)]
+        share, edits = numpy.array(pairs, numpy.float64).reshape(-1, 2).T
+        return [Measured("token_edit", {"row": made.row, "edits": edits.astype(numpy.int64), "share": share})]
+
+    def estimates(self, table: str, records: Records) -> tuple[Estimate, ...]:
+        if table != "token_edit":
+            return ()
+        return (mean("token_edit_distance", records["share"], "share", "lower"), mean("token_edits", records["edits"], "tokens", "lower"))
+
+
+@part
+class Format:
+    """Answers that miss the form asked for, and those that have it and are wrong.
+
+    Formula: of all answers the share not formed, and the share formed and not right; of those formed the share right.
+    """
+
+    asks: ClassVar[bool] = True
+
+    def __call__(self, subject: Subject) -> list[Measured]:
+        made = subject.answers
+        return [Measured("format", {"row": made.row, "formed": made.formed, "correct": made.correct})]
+
+    def estimates(self, table: str, records: Records) -> tuple[Estimate, ...]:
+        if table != "format":
+            return ()
+        formed, correct = (numpy.asarray(records[name], bool) for name in ("formed", "correct"))
+        return (
+            mean("format_errors", ~formed, "share", "lower"),
+            mean("wrong_answers", formed & ~correct, "share", "lower"),
+            Estimate("accuracy_when_formed", columns(formed & correct, formed), ratio, "share", "higher"),
+        )
+
+
+@part
+class PassUntil:
+    """The chance that a sampled answer is right, down to chances that no fixed number of samples would see.  Hu et al. 2023, section 3
+
+    Formula: a question's answers are sampled until `successes` are right, K in all, or K is the budget; its chance is right / K.
+    `pass_probability` is the mean chance, `log_pass` the mean of its logarithm, which there is where every question passed.
+    """
+
+    asks: ClassVar[bool] = True
+    successes: Count = 2
+    """Right answers at which a question is left."""
+    budget: Count = 1000
+    """Answers sampled of a question, at most."""
+    temperature: Rate = 1.0
+    """Of sampling."""
+
+    def __call__(self, subject: Subject) -> list[Measured]:
+        made = subject.attempts(self.successes, self.budget, self.temperature)
+        return [Measured("pass_until", {"row": made.row, "right": made.right, "samples": made.samples})]
+
+    def estimates(self, table: str, records: Records) -> tuple[Estimate, ...]:
+        if table != "pass_until":
+            return ()
+        chance = numpy.asarray(records["right"], numpy.float64) / numpy.asarray(records["samples"])
+        with numpy.errstate(divide="ignore"):
+            logs = numpy.log(chance)
+        return (
+            mean("pass_probability", chance, "share", "higher"),
+            mean("log_pass", logs, "nats", "higher"),
+            mean("never_passed", chance == 0, "share", "lower"),
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------- choices
+
+
+@part
+class Choice:
+    """Multiple choice by log-likelihood: rows with `choices`, a list of texts, and `answer`, the right one's place from 0.
+
+    Formula: p(choice) = softmax over a row's choices of ln p(choice | prompt), the end mark left out. The choice of the greatest is the
+    prediction; or, length-normalised, that of the greatest ln p / characters. Besides accuracy: the probability of the true choice,
+    the entropy over choices, the expected calibration error of the prediction and the Brier score, 0 to 2.
+    """
+
+    asks: ClassVar[bool] = True
+    bins: Count = 15
+    """Bins of the calibration error, of as many rows each as equal confidences allow."""
+
+    def __call__(self, subject: Subject) -> list[Measured]:
+        made = subject.choices
+        records = {
+            "row": made.row,
+            "correct": made.predicted == made.answer,
+            "correct_normalised": made.normalised == made.answer,
+            "truth": made.truth,
+            "confidence": made.confidence,
+            "entropy": made.entropy,
+            "brier": made.brier,
+        }
+        return [Measured("choice", records, reliability=reliability(records, self.bins))]
+
+    def estimates(self, table: str, records: Records) -> tuple[Estimate, ...]:
+        if table != "choice":
+            return ()
+        return (
+            mean("choice_accuracy", records["correct"], "share", "higher"),
+            mean("choice_accuracy_normalised", records["correct_normalised"], "share", "higher"),
+            mean("choice_truth", records["truth"], "share", "higher"),
+            mean("choice_entropy", records["entropy"], "nats", "lower"),
+            calibration_error("choice_ece", records, self.bins),
+            mean("choice_brier", records["brier"], "", "lower"),
+        )
+
+
+# ------------------------------------------------------------------------------------------------------ calibration
 
 
 @part
@@ -118,90 +327,66 @@ class Calibration:
             confidence = numpy.exp(made.logprob)
             brier = (confidence - made.correct) ** 2
         records = {"row": made.row, "confidence": confidence, "correct": made.correct, "brier": brier}
+        return [Measured(f"{self.of.removesuffix('s')}_calibration", records, reliability=reliability(records, self.bins))]
+
+    def estimates(self, table: str, records: Records) -> tuple[Estimate, ...]:
         name = self.of.removesuffix("s")
-        estimates = (
-            calibration_error(f"{name}_ece", records, self.bins),
-            mean(f"{name}_brier", brier, "", "lower"),
-        )
-        return [Measured(f"{name}_calibration", records, estimates, reliability(records, self.bins))]
+        if table != f"{name}_calibration":
+            return ()
+        return (calibration_error(f"{name}_ece", records, self.bins), mean(f"{name}_brier", records["brier"], "", "lower"))
 
 
-# ------------------------------------------------------------------------------------------- records -> estimates
+# ---------------------------------------------------------------------------------------------------------- lm-eval
 
 
-def ratio(totals: numpy.ndarray) -> numpy.ndarray:
-    """[..., 2] -> [...]: the first total over the second."""
-    return totals[..., 0] / totals[..., 1]
+@part
+class LmEval:
+    """Tasks of EleutherAI's `lm-eval`, through its Python API; they bring data of their own.
 
-
-def mean(name: str, values: numpy.ndarray, unit: str, better: Literal["lower", "higher"]) -> Estimate:
-    """The mean of one number a record, [N]."""
-    return Estimate(name, _columns(values, numpy.ones(len(values))), ratio, unit, better)
-
-
-def likelihood(records: Records) -> tuple[Estimate, ...]:
-    """Perplexity, nats per token and bits per byte, from `nll` (nats), `tokens` and `bytes` of each example.
-
-    Raises `Problem` where no byte is predicted.
+    Formula: each task's own, of its own metrics those that are means over examples or perplexities.
     """
-    if not numpy.sum(records["bytes"]):
-        raise Problem("the predicted tokens spell no byte of text; give longer texts or completions")
-    by_token, by_byte = (_columns(records["nll"], records[unit]) for unit in ("tokens", "bytes"))
-    return (
-        Estimate("perplexity", by_token, lambda totals: numpy.exp(ratio(totals)), "", "lower"),
-        Estimate("nats_per_token", by_token, ratio, "nats", "lower"),
-        Estimate("bits_per_byte", by_byte, lambda totals: ratio(totals) / numpy.log(2), "bits", "lower"),
-    )
+
+    data: ClassVar[bool] = False
+    tasks: Annotated[tuple[str, ...], Field(min_length=1)]
+    """Names that lm-eval knows, or YAML files with a task each."""
+    limit: Count | None = None
+    """Examples of each task, at most: its first ones."""
+    shots: Annotated[int, Field(ge=0)] | None = None
+    """Examples shown before each question; none: as the task says."""
+
+    @property
+    def files(self) -> set[Path]:
+        """The YAML files among the tasks and the files that they name, on which the figures depend."""
+        found = {Path(one) for one in self.tasks if Path(one).suffix in (".yaml", ".yml") and Path(one).is_file()}
+        words = [(one.parent, word) for one in found for word in re.findall(r"[^\s'\"{}\[\],:]+", one.read_text(encoding="utf8"))]
+        named = [path for folder, word in words for path in (Path(word), folder / word, folder / f"{word.partition('.')[0]}.py")]
+        return found | {path for path in named if path.is_file()}
+
+    def __call__(self, subject: Subject) -> list[Measured]:
+        from temper.evaluate.lm_eval import measured
+
+        return measured(subject, self.tasks, self.limit, self.shots)
+
+    def estimates(self, table: str, records: Records) -> tuple[Estimate, ...]:
+        from temper.evaluate.lm_eval import estimates
+
+        return estimates(table, records)
 
 
-def equal_mass(confidence: numpy.ndarray, bins: int) -> numpy.ndarray:
-    """The bin, from 0, of each of [N] confidences: by rank, as many in each as possible. Equal confidences share a bin."""
-    _, where, counts = numpy.unique(confidence, return_inverse=True, return_counts=True)
-    middle = numpy.cumsum(counts) - counts / 2  # ranks from 0 to N that a group's middle has
-    return (middle * bins / len(confidence)).astype(numpy.int64)[where]
+# -------------------------------------------------------------------------------------------------- texts and tokens
 
 
-def calibration_error(name: str, records: Records, bins: int) -> Estimate:
-    """The expected calibration error of `confidence` and `correct`, as a figure that can be resampled.
-
-    Each record's gap, confidence - correct, enters with the sign of its bin's gap, so that a plain mean is the error. Bins and
-    signs are those of all records: resamples with absolute values of their own would add the noise of a bin a second time and
-    lie above the error itself.
-    """
-    gap, bin_ = _gaps(records, bins)
-    signed = numpy.sign(numpy.bincount(bin_, gap))[bin_] * gap
-    terms = _columns(signed, numpy.ones(len(signed)))
-    return Estimate(name, terms, lambda totals: numpy.maximum(ratio(totals), 0), "share", "lower")
+def _squad(text: str) -> str:
+    """As SQuAD's own evaluation reads an answer."""
+    bare = "".join(letter for letter in text.lower() if letter not in string.punctuation)
+    return _spaced(re.sub(r"\b(a|an|the)\b", " ", bare))
 
 
-def reliability(records: Records, bins: int) -> dict[str, Any]:
-    """The reliability diagram: of each bin its count, range and mean of confidence, accuracy; and the error's `floor`.
-
-    The floor is what a perfectly calibrated model would show on as many independent records: in a bin, |mean gap| is then near
-    |Normal(0, v)| with v = sum c (1 - c) / n^2, whose mean is sqrt(2 v / pi).
-    """
-    _, bin_ = _gaps(records, bins)
-    confidence, correct = (numpy.asarray(records[name], numpy.float64) for name in ("confidence", "correct"))
-    count, sums, hits, noise = (numpy.bincount(bin_, one) for one in (None, confidence, correct, confidence * (1 - confidence)))
-    rows = []
-    for index in numpy.flatnonzero(count):
-        inside = confidence[bin_ == index]
-        rows.append(
-            {
-                "count": int(count[index]),
-                "from": float(inside.min()),
-                "to": float(inside.max()),
-                "confidence": float(sums[index] / count[index]),
-                "accuracy": float(hits[index] / count[index]),
-            }
-        )
-    return {"floor": float(numpy.sqrt(2 * noise / numpy.pi).sum() / len(confidence)), "bins": rows}
+def _spaced(text: str) -> str:
+    return " ".join(text.split())
 
 
-def _gaps(records: Records, bins: int) -> tuple[numpy.ndarray, numpy.ndarray]:
-    confidence = numpy.asarray(records["confidence"], numpy.float64)
-    return confidence - numpy.asarray(records["correct"], numpy.float64), equal_mass(confidence, bins)
-
-
-def _columns(*values: numpy.ndarray) -> numpy.ndarray:
-    return numpy.stack([numpy.asarray(one, numpy.float64) for one in values], axis=1)
+def _edited(one: Sequence[int], other: Sequence[int]) -> tuple[float, int]:
+    """The edit distance of two sequences over the longer one's length, and itself."""
+    edits = edit_distance(one, other)
+    return edits / max(len(one), len(other), 1), edits

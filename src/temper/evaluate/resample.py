@@ -34,7 +34,7 @@ class Bootstrap:
 
     Formula: the (1 - level)/2 and (1 + level)/2 quantiles of statistic(sum_i n_i x_i), n ~ Multinomial(C; 1/C, ..., 1/C).
     A ratio is resampled as numerator and denominator together. Units that are all alike give a point, however few they are;
-    one unit alone gives no interval.
+    one unit alone gives no interval. Resamples in which the figure is no number, such as a share of nothing, do not count.
     """
 
     samples: Count = 1000
@@ -64,6 +64,10 @@ class Drawn:
             drawn = generator.integers(0, units, (count, units)) + units * numpy.arange(count)[:, None]
             times = numpy.bincount(drawn.ravel(), minlength=count * units).reshape(count, units)
             values.append(statistic(times.astype(numpy.float64) @ sums))
+        found = numpy.concatenate(values)
+        found = found[numpy.isfinite(found)]
+        if not len(found):
+            return None
         tail = (1 - self._settings.level) / 2
-        low, high = numpy.quantile(numpy.concatenate(values), [tail, 1 - tail])
+        low, high = numpy.quantile(found, [tail, 1 - tail])
         return float(low), float(high)

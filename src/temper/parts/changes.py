@@ -12,10 +12,10 @@ from temper.parts.problems import Problem, shown
 
 @dataclasses.dataclass(frozen=True)
 class Progress:
-    """How far a run is: updates done, of how many, tokens seen."""
+    """How far a run is: updates done, of how many (of a run of so many seconds an estimate), tokens seen."""
 
     step: int = 0
-    steps: int = 1
+    steps: float = 1
     tokens: int = 0
 
     @property

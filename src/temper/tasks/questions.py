@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from temper.parts import Problem
+from temper.tasks import verifiable
 from temper.tasks.rows import Rows
-from temper.tasks.verifiable import correct
 
 
 def questions(rows: Rows) -> tuple[list[int], Rows]:
@@ -30,6 +30,17 @@ def questions(rows: Rows) -> tuple[list[int], Rows]:
 
 def right(row: Mapping[str, Any], answer: str) -> bool:
     """Whether an answer is right for a completion row, whose texts may be messages."""
+    return verifiable.correct(_plain(row), answer)
+
+
+def formed(row: Mapping[str, Any], answer: str) -> bool:
+    """Whether an answer, right or wrong, has the form that a completion row asks for."""
+    return verifiable.formed(_plain(row), answer)
+
+
+def _plain(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A row whose completion is a text. Of messages, no task is asked."""
     if isinstance(row["completion"], str):
-        return correct(row, answer)
-    return correct({"completion": row["completion"][0].get("content") or ""}, answer)
+        return row
+    rest = {"format": row["format"]} if "format" in row else {}
+    return {"completion": row["completion"][0].get("content") or "", **rest}

@@ -182,6 +182,11 @@ def key_of(row: Mapping[str, Any], shape: Shape) -> str:
     return value if isinstance(value, str) else json.dumps(value, sort_keys=True, default=str)
 
 
+def group_of(row: Mapping[str, Any]) -> str | None:
+    """What a row shares with others that are no evidence of their own beside it: its `group`, else its `module`; None: it stands alone."""
+    return next((f"{name} {row[name]}" for name in ("group", "module") if row.get(name) is not None), None)
+
+
 def held_out(key: str, share: float) -> bool:
     """Whether what `key` names belongs to the held-out share: decided by its hash alone, so other rows cannot move it."""
     return int.from_bytes(hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest()[:8]) < share * 2**64

@@ -1,4 +1,4 @@
-"""Slot `source`: where rows come from. Files and the hub, this Python's library, tasks, and tasks about another source's words."""
+"""Slot `source`: where rows come from. Files and the hub, this Python's library, tasks, and what is made of another source's rows."""
 
 from __future__ import annotations
 
@@ -10,13 +10,16 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Annotated, Any, Literal, Protocol
+
+from pydantic import Field
 
 from temper.parts import Count, Problem, Scope, Share, Slot, build, dump, fill, mark_of, nearest, part, shown, slot
 from temper.tasks import verifiable  # not its names: every part named here would answer this slot
+from temper.tasks.cloze import cloze
 from temper.tasks.files import HUB, SUFFIXES, File, similar
 from temper.tasks.library import Library
-from temper.tasks.rows import Rows, StreamedRows, held_out, near
+from temper.tasks.rows import Rows, StreamedRows, group_of, held_out, key_of, near
 
 HOUSE = {"library": Library}
 """What `house:NAME` stands for."""
@@ -134,8 +137,89 @@ class Derive:
         return Rows("completion", made, f"task:{name} of {rows.name}", f"task {name} about {len(found)} words of {rows.origin}")
 
     def digest(self) -> str:
-        settings = {key: value for key, value in dump(self)["derive"].items() if key != "source"}
-        return _digest(settings, _one(self.source).digest())
+        return _derived_digest(self)
+
+
+@part
+class Cloze:
+    """Multiple choice out of another source's text: which word stands next?  Completion rows with `choices` and `answer`.
+
+    The choices are the word that stands there and words of other places, of the same kind and as frequent as in the text. Questions
+    about one text are no independent evidence: rows keep their `module` or `group`, or have a `group` for each text.
+    """
+
+    source: Slot[Source] = Library()
+    """Where the text comes from; rows of another shape are read as text."""
+    count: Count = 1000
+    """Rows to train on, at most."""
+    test_count: Count = 500
+    """Rows held out, at most."""
+    choices: Annotated[int, Field(ge=2)] = 4
+    """Choices of a question, the true one among them."""
+    context: Count = 256
+    """Characters before the word, about; words with less text before them are not asked about."""
+    seed: int = 0
+    """Which words are asked about, and beside which."""
+
+    def load(self, split: Literal["train", "test"]) -> Rows:
+        """Rows `{prompt, completion, choices, answer}`. Raises a `Problem` where the text is too short."""
+        rows = _one(self.source).load(split).as_text()
+        rng = random.Random(f"cloze {split} {self.seed}")
+        made = cloze(rows, self.count if split == "train" else self.test_count, self.choices, self.context, rng)
+        return Rows("completion", made, f"cloze of {rows.name}", f"questions about the next word in {rows.origin}")
+
+    def digest(self) -> str:
+        return _derived_digest(self)
+
+
+@part
+class Halves:
+    """All rows of another source, of both its splits, in two halves: one to train on, one held out.  Dietterich 1998
+
+    Rows of one `group` or `module`, else of one prompt or text, stay together. Five splits, each as it is and swapped, are the
+    5x2 design.
+    """
+
+    source: Slot[Source] = Library()
+    """Where the rows come from."""
+    split: Annotated[int, Field(ge=0)] = 0
+    """Which way of halving them."""
+    swapped: bool = False
+    """Whether the two halves change places."""
+
+    def load(self, split: Literal["train", "test"]) -> Rows:
+        """One half of the rows. Raises a `Problem` where all of them belong together."""
+        both = joined([_At(_one(self.source), name) for name in ("train", "test")]).load("train")
+        groups: dict[str, list[Any]] = {}
+        for row in both.rows:
+            groups.setdefault(group_of(row) or key_of(row, both.shape), []).append(row)
+        order = random.Random(f"halves {self.split}").sample(list(groups), len(groups))
+        halves: tuple[list[Any], list[Any]] = [], []
+        done = 0
+        for group in (groups[key] for key in order):
+            halves[2 * done + len(group) >= len(both)].extend(group)  # by where the group's middle lies
+            done += len(group)
+        if not all(halves):
+            raise Problem(f"{both.name}: its {len(both)} rows are of {len(groups)} groups, which make no two halves; give more data")
+        kept = halves[(split == "test") != self.swapped]
+        return dataclasses.replace(both, rows=kept, origin=f"{both.origin}, half of the rows ({self.split}, {split})")
+
+    def digest(self) -> str:
+        return _derived_digest(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class _At(Source):
+    """One split of a source, whichever is asked for."""
+
+    source: Source
+    split: Literal["train", "test"]
+
+    def load(self, split: Literal["train", "test"]) -> Rows:
+        return self.source.load(self.split)
+
+    def digest(self) -> str:
+        return self.source.digest()
 
 
 def draw(task: verifiable.Verifiable, split: Literal["train", "test"], count: int, seed: int, holdout: float) -> list[dict[str, str]]:
@@ -230,7 +314,7 @@ _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 def _placed(made: Any, base: Path) -> Any:
     """The same source with its paths, which are relative to `base`, made absolute and looked up."""
-    if isinstance(made, Derive):
+    if isinstance(made, (Derive, Cloze, Halves)):
         inner = made.source if isinstance(made.source, tuple) else (made.source,)
         placed = tuple(_placed(one, base) for one in inner)
         return dataclasses.replace(made, source=placed if isinstance(made.source, tuple) else placed[0])
@@ -253,6 +337,13 @@ def _found(where: str, base: Path, setting: str) -> str:
 def _one(value: Any) -> Source:
     """What stands in a slot `source`, a list of sources as one."""
     return joined(value) if isinstance(value, tuple) else value
+
+
+def _derived_digest(made: Derive | Cloze | Halves) -> str:
+    """Of what is made of another source's rows: the settings, and that source's own digest."""
+    name = mark_of(made).name
+    settings = {key: value for key, value in dump(made)[name].items() if key != "source"}
+    return _digest(name, settings, _one(made.source).digest())
 
 
 def _digest(*parts: Any) -> str:

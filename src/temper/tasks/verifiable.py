@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import random
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Literal, Protocol
 
 from pydantic import Field
@@ -50,6 +50,10 @@ class Verifiable(Protocol):
     def check(self, prompt: str, completion: str) -> bool:
         """Whether a completion is right: exactly the answer, give or take white space around it."""
         return completion.strip() == self.answer(prompt)
+
+    def formed(self, prompt: str, completion: str) -> bool:
+        """Whether a completion, right or wrong, has the form that is asked for. Any has, where none is."""
+        return True
 
 
 @part
@@ -262,6 +266,77 @@ class Brackets(Verifiable):
         return " ".join(_CLOSE[_OPEN.index(mark)] for mark in reversed(open_))
 
 
+@part
+class Instructions(Verifiable):
+    """One of several skills, and the marks that the answer must stand in.  `reverse d b a , answer in < > ==` -> ` < a b d >`
+
+    An answer in other marks, or in none, is ill-formed; one in the right marks with wrong content is wrong: two errors that can
+    be told apart. `last` asks for the last letter, `count` how often a letter is there (`count a in b a a`), `add` for the sum of digits.
+    Rows have a further column, `skill`.
+    """
+
+    skills: Annotated[tuple[Literal["sort", "reverse", "last", "count", "add"], ...], Field(min_length=1)] = (
+        "sort",
+        "reverse",
+        "last",
+        "count",
+        "add",
+    )
+    """What may be asked for, each as often as the others."""
+    marks: Annotated[int, Field(ge=1, le=4)] = 3
+    """Kinds of marks that an answer may have to stand in, of ( [ { <."""
+    shortest: Count = 3
+    """Letters or digits shown, at least."""
+    longest: Count = 5
+    """Letters or digits shown, at most."""
+    alphabet: Annotated[str, Field(min_length=1)] = "abcdefghij"
+    """Letters to draw from."""
+
+    def __post_init__(self) -> None:
+        _range(self.shortest, self.longest)
+        _items(self.skills, "skills")
+        _items(self.alphabet, "alphabet")
+        if marks := set(self.alphabet) & set(_OPEN + _CLOSE):
+            raise Problem(f"`alphabet` holds {shown(min(marks))}, which marks answers; leave it out")
+
+    def question(self, rng: random.Random) -> str:
+        skill, kind = rng.choice(self.skills), rng.randrange(self.marks)
+        items = rng.choices("0123456789" if skill == "add" else self.alphabet, k=rng.randint(self.shortest, self.longest))
+        if skill == "count":
+            items = [rng.choice(items), "in", *items]
+        return f"{skill} {' '.join(items)} , answer in {_OPEN[kind]} {_CLOSE[kind]} =="
+
+    def answer(self, prompt: str) -> str:
+        skill, items, left, right = self._read(prompt)
+        return f"{left} {' '.join(_SKILLS[skill](items))} {right}"
+
+    def example(self, rng: random.Random) -> dict[str, str]:
+        row = Verifiable.example(self, rng)
+        return {**row, "skill": self._read(row["prompt"])[0]}
+
+    def formed(self, prompt: str, completion: str) -> bool:
+        _, _, left, right = self._read(prompt)
+        return re.fullmatch(rf"\{left} [^][(){{}}<>]*[^][(){{}}<>\s] \{right}", completion.strip()) is not None
+
+    def _read(self, prompt: str) -> tuple[str, list[str], str, str]:
+        """Skill, items, and the two marks."""
+        found = re.fullmatch(
+            r"\s*(sort|reverse|last|count(?= \S in )|add(?=(?: \d)+ ,)) (\S.*) , answer in ([(\[{<]) ([)\]}>]) ==\s*", prompt
+        )
+        if not found:
+            raise Problem(f"{shown(prompt)} is no question of this task, which are written such as `sort b a , answer in [ ] ==`")
+        return found[1], found[2].split(" "), found[3], found[4]
+
+
+_SKILLS: Mapping[str, Callable[[list[str]], list[str]]] = {
+    "sort": sorted,
+    "reverse": lambda items: items[::-1],
+    "last": lambda items: items[-1:],
+    "count": lambda items: list(str(items[2:].count(items[0]))),
+    "add": lambda items: list(str(sum(map(int, items)))),
+}
+
+
 def verifiable(name: str) -> Verifiable:
     """The task of that name in its default settings."""
     return fill(Verifiable.__slot__, name, field="task")
@@ -273,13 +348,34 @@ def correct(row: Mapping[str, Any], completion: str) -> bool:
     By the checker of the task that the row's column `task` names, where the prompt is one of its questions (data may have a
     `task` column of their own); else if it equals the row's own completion, give or take white space around it.
     """
-    task = _checker(row["task"]) if isinstance(row.get("task"), str) else None
-    if task is not None:
+    made = _judged(row, lambda task, prompt: task.check(prompt, completion))
+    return completion.strip() == row["completion"].strip() if made is None else made
+
+
+def formed(row: Mapping[str, Any], completion: str) -> bool:
+    """Whether a completion, right or wrong, has the form that a row asks for.
+
+    By the regular expression in the row's column `format`, which must match all of it but white space around it; else by the row's
+    task, as in `correct`. Where neither asks for a form, any has it.
+    """
+    if isinstance(row.get("format"), str):
         try:
-            return task.check(row["prompt"], completion)
-        except Problem:
-            pass
-    return completion.strip() == row["completion"].strip()
+            return re.fullmatch(row["format"], completion.strip()) is not None
+        except re.error as error:
+            raise Problem(f"column `format`: {shown(row['format'])} is no regular expression: {error}") from error
+    made = _judged(row, lambda task, prompt: task.formed(prompt, completion))
+    return True if made is None else made
+
+
+def _judged(row: Mapping[str, Any], judge: Callable[[Verifiable, str], bool]) -> bool | None:
+    """What a row's task says, by the prompt that it asked (`asked`, where the prompt was changed since); None where it has no say."""
+    task = _checker(row["task"]) if isinstance(row.get("task"), str) else None
+    if task is None:
+        return None
+    try:
+        return judge(task, row["asked"] if isinstance(row.get("asked"), str) else row["prompt"])
+    except Problem:
+        return None
 
 
 @functools.cache
