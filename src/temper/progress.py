@@ -60,13 +60,21 @@ class Display:
     def say(self, text: str) -> None:
         self.console.print(text, style="dim")
 
+    def place(self, words: str) -> None:
+        """What the bars that follow belong to."""
+        self._place = words
+
+    def line(self, what: str, took: str, figures: str) -> None:
+        """A piece of work that is done."""
+        self.console.print(f"{what:<24} {took:<16} {figures}", soft_wrap=True)
+
     def began(self, step: Any, index: int, count: int) -> None:
-        self._place = f"{index + 1}/{count} {step.name}"
+        self.place(f"{index + 1}/{count} {step.name}")
 
     def ended(self, made: Any) -> None:
         figures = " · ".join(f"{name} {figure.value:.4g}" for name, figure in list(made.artefact.figures.items())[:3])
         took = f"{made.record['seconds']:.1f} s" if made.status == "made" else "from the store"
-        self.console.print(f"{self._place:<24} {took:<16} {figures}")
+        self.line(self._place, took, figures)
 
     def show(self, track: Track) -> None:
         number = id(track)
@@ -86,4 +94,4 @@ class Display:
         if number not in self._tasks:
             self._tasks[number] = self.bars.add_task(label, total=track.total, completed=track.done, **fields)
         else:
-            self.bars.update(self._tasks[number], completed=track.done, **fields)
+            self.bars.update(self._tasks[number], total=track.total, completed=track.done, **fields)

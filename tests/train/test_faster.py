@@ -266,6 +266,18 @@ def test_without_kernels_torch_computes_the_same(examples, monkeypatch):
     assert said == ["no kernels, torch's own operations in their place: none here"]
 
 
+def test_entered_without_gradients_layers_are_compared_all_the_same(llama, examples):
+    decoder._known.clear()
+    model, batch = llama(), collate(examples(4))
+    expected = model(**batch.inputs).logits
+    with torch.no_grad(), faster(model, device="cpu") as taken:
+        assert taken
+        made = model(**batch.inputs).logits
+    assert not made.requires_grad
+    real = batch.attention_mask == 1
+    assert (made - expected)[real].abs().max() < 1e-4 * expected.abs().max()
+
+
 def test_models_that_are_no_decoders_are_left_alone(examples):
     config = transformers.BertConfig(**{**SHAPE, "num_hidden_layers": 1}, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     model = transformers.BertModel(config)

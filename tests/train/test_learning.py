@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from temper.context import Context
@@ -15,7 +16,7 @@ from temper.train.examples import Encoded
 from temper.train.feed import Feed, Shuffled
 from temper.train.learning import Learning, learn
 from temper.train.objectives import Causal
-from temper.train.optimizers import SGD, Optimizer
+from temper.train.optimizers import SAM, SGD, MeZO, Optimizer
 from temper.train.schedules import Constant, Schedule
 
 
@@ -88,3 +89,89 @@ def test_recomputing_is_refused_where_a_model_cannot(tmp_path):
     with pytest.raises(ValueError, match="Linear cannot compute its activations again; use `recompute: false`"):
         with learning.recomputing(torch.nn.Linear(2, 2)):
             pass
+
+
+# ------------------------------------------------------------------------------------------------------------ lengths
+
+
+@pytest.fixture
+def figured(tmp_path, examples, llama):
+    """Runs a spec on a tiny Llama; gives the figures and the context."""
+
+    def run(model=None, folder="one", loss=None, **settings):
+        asked = Plain(**{"precision": "float32", "evaluate_every": None, **settings})
+        context = Context.scratch(tmp_path / folder)
+        live = context.start(asked)
+        model, data = llama() if model is None else model, Encoded(examples())
+        figures = learn(model, data, loss or Causal(), spec=asked, live=live, context=context, save=lambda _: None)
+        return {name: one.value for name, one in figures.items()}, context
+
+    return run
+
+
+def test_a_length_in_operations_is_made_into_updates(figured):
+    made, context = figured(flops=3e7)
+    each, updates = (context.decisions()[name]["value"] for name in ("flops_per_token", "updates"))
+    a_token = 3 * 2 * (2 * (4 * 32**2 + 3 * 32 * 64) + 32 * 128)  # of the matrices alone; attention, and what predicts nothing, aside
+    assert each == pytest.approx(a_token, rel=0.1)
+    assert made["updates"] == updates
+    assert made["flops"] == each * made["tokens"] == pytest.approx(3e7, rel=0.2)
+    assert context.decisions()["updates"]["reason"].startswith("3e+07 operations at ")
+
+
+def test_of_equal_operations_adapters_make_more_updates(figured, llama):
+    frozen = get_peft_model(llama(), LoraConfig(r=2, target_modules=["q_proj"]))
+    one, two = figured(flops=3e7)[0], figured(frozen, "two", flops=3e7)[0]
+    assert two["updates"] > 1.2 * one["updates"]
+    assert one["flops"] == pytest.approx(two["flops"], rel=0.2)
+
+
+@pytest.mark.parametrize(("optimizer", "times"), [(SAM(), 2), (MeZO(), 2 / 3), (MeZO(estimator="conservative"), 5 / 3)])
+def test_every_pass_of_an_update_counts(figured, optimizer, times):
+    one, two = figured(updates=2)[0], figured(folder="two", updates=2, optimizer=optimizer)[0]
+    assert two["flops"] == pytest.approx(times * one["flops"])
+
+
+def test_what_was_counted_stays_on_resume(figured, monkeypatch):
+    first, _ = figured(flops=3e7)
+    monkeypatch.setattr(learning, "operations", None)
+    assert figured(flops=3e7)[0]["flops"] == first["flops"]
+
+
+def test_operations_that_cannot_be_counted(figured, monkeypatch):
+    def refuse(*_, **__):
+        raise RuntimeError("no such kernel")
+
+    monkeypatch.setattr(learning, "operations", refuse)
+    made, context = figured(updates=2)
+    assert "flops" not in made
+    assert "floating-point operations are not counted: RuntimeError: no such kernel" in context.notes
+    with pytest.raises(ValueError, match=r"cannot be counted \(RuntimeError: no such kernel\); give the length in updates or tokens"):
+        figured(folder="two", flops=1e9)
+
+
+def test_a_run_of_given_time(figured):
+    made, context = figured(seconds=0.3, batching=Bucketed(size=4, tokens=64), compile="auto")
+    assert made["updates"] >= 1
+    assert 0.3 <= made["training_seconds"] < 10
+    assert "updates" not in context.decisions(), "fused layers leave nothing to choose"
+
+
+def test_a_run_of_given_time_is_measured_for_its_choices(tmp_path, go):
+    made = go(updates=None, seconds=0.2).decisions()
+    assert made["updates"]["reason"].startswith("about: an update's passes take ")
+    assert made["layout"]["value"] in ("rows", "packed", "flat")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"seconds": 5.0, "flops": 1e9}, "flops 1e+09 and seconds 5: a run's length is given once; leave one out"),
+        ({"seconds": 5.0, "keep": (3,)}, "keep 3: a run of 5 s may end before; leave `keep` out, or give the length in updates"),
+        ({"seconds": 0.0}, "seconds"),
+    ],
+)
+def test_lengths_that_are_refused(settings, message):
+    with pytest.raises(ValueError) as caught:
+        Plain(**settings)
+    assert message in str(caught.value)

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from transformers import T5Config, T5ForConditionalGeneration
 
 from temper.train.batching import Padded, collate
 from temper.train.logprobs import (
@@ -15,7 +16,6 @@ from temper.train.logprobs import (
     linear_cross_entropy,
     linear_logprobs,
     logprobs_at,
-    sequence_logprobs,
     supervised_logits,
     supervised_logprobs,
     token_logprobs,
@@ -26,24 +26,6 @@ from temper.train.objectives import Causal
 def test_token_logprobs_by_hand():
     logits = torch.tensor([[[0.0, math.log(3.0)], [math.log(4.0), 0.0]]])
     assert token_logprobs(logits, torch.tensor([[1, 1]])).tolist() == [pytest.approx([math.log(3 / 4), math.log(1 / 5)])]
-
-
-def test_chunked_equals_plain_in_float64():
-    draw = torch.Generator().manual_seed(1)
-    logits = torch.randn(3, 7, 11, dtype=torch.float64, generator=draw)
-    targets = torch.randint(0, 11, (3, 7), generator=draw)
-    weights = torch.randn(3, 7, dtype=torch.float64, generator=draw)
-    gradients, values = [], []
-    for chunk in (None, 1, 4, 21, 100):
-        own = logits.clone().requires_grad_()
-        each = token_logprobs(own, targets, chunk=chunk)
-        (each * weights).sum().backward()
-        values.append(each.detach())
-        gradients.append(own.grad)
-    expected = torch.log_softmax(logits, -1).gather(-1, targets[..., None])[..., 0]
-    for value, gradient in zip(values, gradients, strict=True):
-        torch.testing.assert_close(value, expected, rtol=1e-12, atol=1e-12)
-        torch.testing.assert_close(gradient, gradients[0], rtol=1e-12, atol=1e-12)
 
 
 def test_half_precision_logits_are_normalised_in_float32():
@@ -117,22 +99,14 @@ def test_causal_equals_transformers_loss(llama, examples):
     assert result.count == batch.targets
 
 
-def test_sequence_logprobs_add_up_each_row(llama, examples):
-    model, batch = llama().double(), batch_of(examples)
-    sums = sequence_logprobs(model, batch)
-    each = token_logprobs(model(**batch.inputs).logits[:, :-1], batch.input_ids[:, 1:])
-    torch.testing.assert_close(sums, (each * batch.supervised[:, 1:]).sum(1), rtol=1e-10, atol=1e-10)
-    torch.testing.assert_close(sequence_logprobs(model, batch, chunk=3), sums, rtol=1e-10, atol=1e-10)
-
-
 def test_padding_changes_no_log_probability(llama, examples):
     model, made = llama().double(), examples(6)
-    together = sequence_logprobs(model, collate(made))
-    alone = torch.cat([sequence_logprobs(model, collate([one])) for one in made])
-    torch.testing.assert_close(together, alone, rtol=1e-10, atol=1e-10)
     batch = collate(made)
+    together = supervised_logprobs(model, batch)
+    alone = torch.cat([supervised_logprobs(model, collate([one])) for one in made])
+    torch.testing.assert_close(together, alone, rtol=1e-10, atol=1e-10)
     batch.input_ids[batch.attention_mask == 0] = 77  # what stands in the padding does not matter either
-    torch.testing.assert_close(sequence_logprobs(model, batch), together, rtol=0, atol=0)
+    torch.testing.assert_close(supervised_logprobs(model, batch), together, rtol=0, atol=0)
 
 
 def test_separate_packing_equals_documents_alone(llama, examples, stream):
@@ -184,6 +158,20 @@ def test_a_linear_layer_s_log_probabilities(bias, most, widths):
         torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-12)
     assert max(widths) == {2**25: 96, 50 * 32: 32, 1: 32}[most]
     assert sum(widths) == 3 * 96, "one pass forward and one backward for each, one pass for the sum"
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_where_the_layer_stands_still_logits_are_computed_once(bias, widths):
+    (hidden, *rest), targets, slopes = head(bias)
+    given = [None if one is None else one.detach() for one in rest]
+    expected = token_logprobs(torch.nn.functional.linear(hidden, *given), targets)
+    each = linear_logprobs(hidden, *given, targets)
+    torch.testing.assert_close(each, expected, rtol=1e-12, atol=1e-12)
+    found = [torch.autograd.grad((one * slopes).sum(), [hidden]) for one in (each, expected)]
+    torch.testing.assert_close(*found, rtol=1e-12, atol=1e-12)
+    assert widths == [96]
+    with torch.no_grad():
+        assert torch.equal(linear_logprobs(hidden, *given, targets), each)
 
 
 def test_only_the_gradients_that_are_wanted(widths):
@@ -285,3 +273,18 @@ def test_in_bf16_it_strays_no_further_than_logits_do(llama, examples):
         found = torch.autograd.grad(loss, list(model.parameters()))
         apart.append(sum((one - two).square().sum() for one, two in zip(found, exact, strict=True)))
     assert max(apart[1:]) < 1.2 * apart[0]
+
+
+@pytest.mark.parametrize("written", [3, 9])
+def test_an_encoder_decoder_s_places_are_those_it_writes(written, widths):
+    config = {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2, "vocab_size": 32, "decoder_start_token_id": 0}
+    torch.manual_seed(0)
+    model, draw = T5ForConditionalGeneration(T5Config(**config)).double().eval(), torch.Generator().manual_seed(0)
+    inputs = {name: torch.randint(1, 32, (2, n), generator=draw) for name, n in (("input_ids", 5), ("decoder_input_ids", written))}
+    places = torch.rand(2, written, generator=draw) < 0.6
+    targets = torch.randint(0, 32, (int(places.sum()),), generator=draw)
+    expected = token_logprobs(model(**inputs).logits[places], targets)
+    torch.testing.assert_close(logprobs_at(model, inputs, places, targets), expected, rtol=1e-10, atol=1e-10)
+    assert widths, "its logits are never whole"
+    model.lm_head.register_forward_hook(lambda *_: None)
+    torch.testing.assert_close(logprobs_at(model, inputs, places, targets), expected, rtol=1e-10, atol=1e-10)

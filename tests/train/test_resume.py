@@ -8,6 +8,7 @@ import os
 import random
 import signal
 import time
+import types
 from pathlib import Path
 
 import forks
@@ -210,8 +211,57 @@ def test_an_update_beyond_the_run_cannot_be_kept(tmp_path):
 @pytest.mark.parametrize("other", [{"updates": 9}, {"updates": 3, "width": 24}])
 def test_a_checkpoint_of_another_run_is_refused(tmp_path, other):
     run(tmp_path, "padded", updates=3)
-    with pytest.raises(ValueError, match=r"checkpoint after update 3 is of another run \(3 updates of 21 tensors; here \d of 21"):
+    with pytest.raises(ValueError, match=r"checkpoint after update 3 is of another run \(3 updates of 21 tensors; here \d updates of 21"):
         run(tmp_path, "padded", **other)
+
+
+# ---------------------------------------------------------------------------------------------------- a run of given time
+
+
+@pytest.fixture
+def within(monkeypatch):
+    """Runs for 190 s by a clock that every micro-batch, of which an update has two, puts on by 10 s."""
+    now = [1000.0]
+
+    def loss(model, batch):
+        now[0] += 10
+        return Causal()(model, batch)
+
+    monkeypatch.setattr(loop, "time", types.SimpleNamespace(monotonic=lambda: now[0]))
+    return functools.partial(run, name="padded", updates=None, budget=190.0, loss=loss)
+
+
+def test_a_run_of_given_time_ends_with_the_update_in_which_it_is_over(tmp_path, within):
+    _, _, history, _ = within(tmp_path)
+    assert (history.updates, history.seconds) == (10, 200.0)
+    rows = [row for row in history.rows if "loss" in row]
+    assert [row["seconds"] for row in rows] == [20.0 * done for done in range(1, 11)]
+    assert history.rows[-1] == {"step": 10, "held_out": 10.0}, "it is measured at its end"
+    progress = [0.0, *(20 * (done + 0.5) / 190 for done in range(1, 9)), 1.0]
+    assert [row["lr"] for row in rows] == pytest.approx([0.01 * Cosine(warmup=0.2)(share) for share in progress])
+    assert rows[-1]["lr"] == 0
+
+
+def test_a_run_of_given_time_goes_on_with_what_is_left(tmp_path, within):
+    with pytest.raises(Stop):
+        within(tmp_path / "broken", stop_at=4)
+    resumed = within(tmp_path / "broken")
+    assert resumed[2].resumed == 3
+    assert_same_run(resumed, within(tmp_path / "whole"))
+    again = within(tmp_path / "broken")
+    assert (again[2].resumed, again[2].seconds) == (10, 200.0), "nothing is left"
+
+
+def test_a_checkpoint_of_a_run_of_another_length_is_refused(tmp_path):
+    run(tmp_path, "padded", updates=None, budget=0.001)
+    with pytest.raises(ValueError, match=r"of another run \(0.001 s of 21 tensors; here 3 updates of 21"):
+        run(tmp_path, "padded", updates=3)
+
+
+def test_a_run_has_one_length(tmp_path):
+    for given in ({"updates": None}, {"updates": 3, "budget": 1.0}):
+        with pytest.raises(ValueError, match="a run's length is given in updates or in seconds; give one of the two"):
+            run(tmp_path, "padded", **given)
 
 
 # ------------------------------------------------------------------------------------------------------------ SIGKILL
@@ -274,6 +324,25 @@ def sessions(work: Path, name: str, kind: str, size: int, deaths: list) -> None:
         ends = [forks.wait(child) for child in children]
         assert death or ends == [0] * size, [(work / f"told-{rank}").read_text() for rank in range(size)]
         print(newest(work))
+
+
+def timed(work: Path) -> None:
+    """Two processes, one slower than the other, train for a given time; each leaves its weights."""
+
+    def one(rank: int) -> None:
+        def loss(model, batch):
+            time.sleep(0.03 * rank)
+            return Causal()(model, batch)
+
+        torch.distributed.init_process_group("gloo", init_method=f"file://{work}/meet", rank=rank, world_size=2)
+        more = {"updates": None, "budget": 0.5, "checkpoint_every": None}
+        model, *_ = run(work, "padded", loss=loss, world=World(rank, 2), **more)
+        save_file({name: one.detach() for name, one in model.named_parameters()}, work / f"weights-{rank}.safetensors")
+        torch.distributed.destroy_process_group()
+
+    children = [forks.start(functools.partial(one, rank), work / f"told-{rank}") for rank in range(2)]
+    ends = [forks.wait(child) for child in children]
+    assert ends == [0, 0], [(work / f"told-{rank}").read_text() for rank in range(2)]
 
 
 def newest(work: Path) -> int:
@@ -342,3 +411,9 @@ def test_two_processes_killed_end_as_two_unbroken(tmp_path, apart, name, kind, d
     for (what, update, *_), last in zip(deaths, reached):
         assert last == update - 1 if what == "write" else last in (update - 1, update)
     assert_same_files(broken, load_file(whole / "weights.safetensors"), json.loads((whole / "rows.json").read_text()))
+
+
+def test_two_processes_end_a_run_of_given_time_together(tmp_path, apart):
+    apart("timed", tmp_path)
+    one, two = (load_file(tmp_path / f"weights-{rank}.safetensors") for rank in range(2))
+    assert all(torch.equal(one[name], two[name]) for name in one)

@@ -131,8 +131,8 @@ def test_going_on_gives_the_same_weights(delta, tuned: Tuned):
     for update in ("3", "6"):
         one, two = (dataclasses.replace(made, path=made.path / "checkpoints" / update) for made in (whole, again))
         assert same(weights(one), weights(two))
-    figures = {name: figure.value for name, figure in whole.figures.items()}
-    assert figures == {name: figure.value for name, figure in again.figures.items()}
+    figures = [{name: one.value for name, one in made.figures.items() if one.unit != "s"} for made in (whole, again)]
+    assert figures[0] == figures[1]
 
 
 # ------------------------------------------------------------------------------------------------- adapters coming in

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import math
 import os
@@ -24,6 +25,7 @@ from temper.train.faster import faster
 from temper.train.heldout import heldout
 from temper.train.loop import Closure, History, how_long, train, trainable
 from temper.train.measuring import seconds
+from temper.train.operations import operations
 from temper.train.range_test import range_test, set_rate
 
 if TYPE_CHECKING:
@@ -45,11 +47,18 @@ class Learning(Spec):
     """The settings of every engine that trains; its slots are in `TRAINING`."""
 
     epochs: Rate | None = None
-    """Times that the training data are gone through; 1 where neither updates nor tokens are given."""
+    """Times that the training data are gone through; 1 where no other length is given."""
     updates: Count | None = None
     """Updates, in place of epochs."""
     tokens: Count | None = None
     """Tokens to train on, in place of epochs; they count up to whole updates."""
+    flops: Rate | None = None
+    """Floating-point operations of the passes that train, in place of epochs; they count up to whole updates by an estimate (see
+    `operations`), whatever kernels and number format compute them."""
+    seconds: Rate | None = None
+    """Wall time of training, in place of epochs: the run ends with the update in which it is over. What comes before the first update
+    does not count, held-out losses and checkpoints on the way do, and so does the time before an interruption. The schedule follows
+    the share of the time that is used. How many updates it makes depends on the machine: such a run does not give the same bits again."""
     max_length: Count | None = 1024
     """Tokens of an example at most, and never more than the model takes. Longer text goes on in another example, anything else
     loses its end."""
@@ -79,10 +88,14 @@ class Learning(Spec):
     """Whether activations inside blocks are computed again in the backward pass, not kept: less memory, about a third more time."""
 
     def __post_init__(self) -> None:
-        lengths = {"updates": self.updates, "epochs": self.epochs, "tokens": self.tokens}
+        lengths = {name: getattr(self, name) for name in ("updates", "epochs", "tokens", "flops", "seconds")}
         given = [f"{name} {value:g}" for name, value in lengths.items() if value is not None]
         if len(given) > 1:
             raise Problem(f"{' and '.join(given)}: a run's length is given once; leave one out")
+        if self.seconds is not None and self.keep:
+            raise Problem(
+                f"keep {self.keep[0]}: a run of {self.seconds:g} s may end before; leave `keep` out, or give the length in updates"
+            )
         if self.updates is not None and (late := [one for one in self.keep if one > self.updates]):
             raise Problem(f"keep {late[0]}: the run ends after update {self.updates}; keep an earlier one, or train longer")
         if self.keep_best and self.evaluate_every is None:
@@ -176,21 +189,22 @@ def learn(
     plan = planned(live.batching, examples, context.stream("batching"), live.feed)
     if report := getattr(plan, "report", ""):
         context.note(report)
-    count = spec.updates if spec.tokens is None else math.ceil(spec.tokens / plan.tokens_per_update - 1e-9)
-    updates = how_long(plan, updates=count, epochs=spec.epochs or (None if count else 1.0))
     _fits(model, plan.update(0))
     precision = precision_of(spec, model, context)
     kind = _spreading(spec, sum(one.numel() for one in model.parameters()), context)
-    spread = distribution.spread(model, context.world, kind, context.device)
     with contextlib.ExitStack() as ways:
         ways.enter_context(_advising(spec))
+        spread = distribution.spread(model, context.world, kind, context.device)
+        optimizer = live.optimizer.build(trainable(spread.model, live))
+        flops = _per_token(model, plan, loss, optimizer, spec, live, precision, bool(examples[0].side), context)
+        updates = _updates(spec, plan, flops, context)
         if spec.recompute:
             ways.enter_context(recomputing(spread.model))
         fused = ways.enter_context(faster(spread.model, device=context.device, note=context.note))
-        plan = _laid_out(plan, spread.model, loss, updates, precision, fused, context)
-        if _compiles(spec, plan, spread.model, loss, updates, precision, fused, context):
+        about = updates or _expected(spec, plan, spread.model, loss, precision, fused, context)
+        plan = _laid_out(plan, spread.model, loss, about, precision, fused, context)
+        if _compiles(spec, plan, spread.model, loss, about, precision, fused, context):
             ways.enter_context(compiled(spread.model))
-        optimizer = live.optimizer.build(trainable(spread.model, live))
         if spec.range_test is not None:
             _find_rate(optimizer, plan, spread, loss, spec, live, precision, anchor, context)
         history = train(
@@ -200,6 +214,7 @@ def learn(
             optimizer=optimizer,
             schedule=live.schedule,
             updates=updates,
+            budget=spec.seconds,
             context=context,
             live=live,
             clip=spec.clip,
@@ -217,7 +232,66 @@ def learn(
     live.close()
     if context.world.main:
         _bring_out(context)
-    return _figures(history, len(held or ()))
+    return _figures(history, len(held or ()), flops)
+
+
+def _per_token(
+    model: Any, plan: Plan, loss: Any, optimizer: Any, spec: Learning, live: Live, precision: Any, paired: bool, context: Context
+) -> float | None:
+    """Floating-point operations that a token takes in all passes of an update; None, with a note, where they are not counted.
+
+    model: the caller's, whole and on one device.
+    """
+    asked, many = spec.flops is not None, getattr(optimizer, "passes", 1)
+    sharded = any(distribution.is_sharded(one) for group in optimizer.param_groups for one in group["params"])
+
+    def count() -> tuple[float | None, str]:
+        if sharded and not asked:
+            return None, "a sharded model would have to be computed whole"
+        before, device = copy.deepcopy(live.state_dict()), next(model.parameters()).device
+        try:
+            batches = [one.to(device) for one in plan.update(0)]
+            found = operations(model, loss, batches, precision, paired=paired, forward_only=getattr(optimizer, "forward_only", False))
+        except Exception as error:  # whatever a model that is not known here raises when it is looked at
+            return None, f"{type(error).__name__}: {str(error)[:200]}"
+        finally:
+            live.load_state_dict(before)
+        told = f"counted on {found.tokens} tokens, each document alone, {many} pass{'' if many == 1 else 'es'} an update"
+        return many * found.per_token or None, told
+
+    found = context.decide("flops_per_token", count)
+    if found is None:
+        why = context.decisions()["flops_per_token"]["reason"]
+        if asked:
+            raise Problem(f"the operations of an update cannot be counted ({why}); give the length in updates or tokens", ("flops",))
+        context.note(f"floating-point operations are not counted: {why}")
+    return found
+
+
+def _updates(spec: Learning, plan: Plan, per_token: float | None, context: Context) -> int | None:
+    """How many updates the run has; None where its time is given."""
+    if spec.seconds is not None:
+        return None
+    count = spec.updates if spec.tokens is None else math.ceil(spec.tokens / plan.tokens_per_update - 1e-9)
+    if spec.flops is not None:
+        assert per_token is not None
+        asked, each = spec.flops, per_token * plan.tokens_per_update
+        told = f"{asked:.3g} operations at {each:.3g} an update of {plan.tokens_per_update:.0f} tokens"
+        count = context.decide("updates", lambda: (math.ceil(asked / each - 1e-9), told))
+    return how_long(plan, updates=count, epochs=spec.epochs or (None if count else 1.0))
+
+
+def _expected(spec: Learning, plan: Plan, model: Any, loss: Any, precision: Any, fused: bool, context: Context) -> int:
+    """About how many updates a run of given time has, for choices that pay back in a long run; 0 where none is to be made."""
+    if fused or any(map(distribution.is_sharded, model.parameters())):
+        return 0
+
+    def measure() -> tuple[int, str]:
+        assert spec.seconds is not None
+        once = seconds(model, loss, _there(plan.update(0), context), precision, tries=1)
+        return max(1, round(spec.seconds / once)), f"about: an update's passes take {1000 * once:.0f} ms and the run {spec.seconds:g} s"
+
+    return context.decide("updates", measure)
 
 
 _RATES = 1e-6, 1.0
@@ -265,6 +339,8 @@ def _laid_out(plan: Plan, model: Any, loss: Any, updates: int, precision: format
     def choose() -> tuple[str, str]:
         if fused:
             return "rows", "padding is left out of what is computed"
+        if any(map(distribution.is_sharded, model.parameters())):
+            return "rows", "a sharded model is not measured by one process alone"
         if updates < _WORTH_MEASURING:
             return "rows", f"{updates} updates are too few to pay for measuring"
         able = [name for name in layouts if name == "rows" or can_separate(model, 1 if name == "flat" else 2)]
@@ -349,12 +425,15 @@ def _link(source: str, target: str) -> None:
         shutil.copy2(source, target)
 
 
-def _figures(history: History, held: int) -> dict[str, Figure]:
-    """Figures of a run: its last losses, and how much it saw."""
+def _figures(history: History, held: int, per_token: float | None) -> dict[str, Figure]:
+    """Figures of a run: its last losses, how much it saw, and what that took. per_token: operations."""
     losses = [row["loss"] for row in history.rows if "loss" in row]
     last = losses[-max(1, len(losses) // 20) :]
     found = {"train_loss": Figure(sum(last) / len(last), n=len(last), unit="nats", better="lower")}
     measured = [row["heldout_loss"] for row in history.rows if "heldout_loss" in row]
     if measured:
         found["heldout_loss"] = Figure(measured[-1], n=held, unit="nats", better="lower")
-    return {**found, "updates": Figure(history.updates, unit="updates"), "tokens": Figure(history.tokens, unit="tokens")}
+    found |= {"updates": Figure(history.updates, unit="updates"), "tokens": Figure(history.tokens, unit="tokens")}
+    if per_token is not None:
+        found["flops"] = Figure(per_token * history.tokens, unit="FLOP")
+    return {**found, "training_seconds": Figure(history.seconds, unit="s")}

@@ -15,26 +15,14 @@ if TYPE_CHECKING:
     from temper.train.batching import Batch
 
 
-def token_logprobs(logits: torch.Tensor, targets: torch.Tensor, *, chunk: int | None = None) -> torch.Tensor:
+def token_logprobs(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """log softmax(logits)[target], natural logarithm.
 
     logits: [..., V]; targets: int64 [...], not shifted: logits at a place speak of the target at that place. Returns [...] in
-    float32 (float64 where the logits are). chunk: so many places are turned to float32 and normalised at a time, and again in the
-    backward pass, which keeps memory at chunk x V numbers beyond the logits.
+    float32 (float64 where the logits are).
     """
-    flat, wanted = logits.flatten(0, -2), targets.flatten()
-    if chunk is None or chunk >= len(wanted):
-        return _logprobs(flat, wanted).view(targets.shape)
-    from torch.utils.checkpoint import checkpoint
-
-    pairs = zip(flat.split(chunk), wanted.split(chunk), strict=True)
-    return torch.cat([checkpoint(_logprobs, *pair, use_reentrant=False) for pair in pairs]).view(targets.shape)
-
-
-def _logprobs(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """[N, V], [N] -> [N]."""
     full = logits if logits.dtype == torch.float64 else logits.float()
-    return -F.cross_entropy(full, targets, reduction="none")
+    return -F.cross_entropy(full.flatten(0, -2), targets.flatten(), reduction="none").view(targets.shape)
 
 
 # ----------------------------------------------------------------------------------------------- of a linear layer
@@ -46,24 +34,27 @@ def linear_logprobs(
     """log softmax(hidden weight^T + bias)[target], natural logarithm, [N], without ever holding all logits.
 
     hidden: [N, H]; weight: [V, H]; targets: int64 [N]. Products are taken in autocast's format where it is on, softmax and sums in
-    float32 (float64). most: logits at a time; they are computed again in the backward pass.
+    float32 (float64). most: logits at a time; where the layer learns they are computed again in the backward pass.
     """
-    return _of_linear(False, hidden, weight, bias, targets, most)
+    from temper.train.faster import heads
+
+    return heads.Each.apply(*_given(hidden, weight, bias, targets, most))  # type: ignore[return-value]
 
 
 def linear_cross_entropy(
     hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, targets: torch.Tensor, *, most: int = 2**25
 ) -> torch.Tensor:
     """- sum of `linear_logprobs`, a scalar. Gradients are taken in the forward pass, so that logits are computed once."""
-    return _of_linear(True, hidden, weight, bias, targets, most)
+    from temper.train.faster import heads
+
+    return heads.Summed.apply(*_given(hidden, weight, bias, targets, most))  # type: ignore[return-value]
 
 
-def _of_linear(summed: bool, hidden: torch.Tensor, weight: torch.Tensor, *rest: Any) -> torch.Tensor:
-    from temper.train.faster import heads, ops
+def _given(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, targets: torch.Tensor, most: int) -> tuple[Any, ...]:
+    """What the nodes of `heads` take."""
+    from temper.train.faster import ops
 
-    bias, targets, most = rest
-    node, rows = heads.Summed if summed else heads.Each, max(32, most // weight.shape[0])
-    return node.apply(hidden, weight, bias, targets, ops.computing(hidden), rows, torch.is_grad_enabled())  # type: ignore[return-value]
+    return hidden, weight, bias, targets, ops.computing(hidden), max(32, most // weight.shape[0]), torch.is_grad_enabled()
 
 
 # -------------------------------------------------------------------------------------------------- of a model
@@ -93,8 +84,9 @@ def supervised_logprobs(model: Any, batch: Batch) -> torch.Tensor:
 def cross_entropy(model: Any, inputs: Mapping[str, torch.Tensor], places: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """- sum of the log-probabilities that a model gives to targets [N] at places of its input; a scalar in float32 (float64).
 
-    inputs: what its forward takes, `input_ids` [B, T] among it. places: bool [B, T], of which N are True, row by row; or int64 [N], each
-    within B x T. Logits are never whole in memory where the model's output layer is its last: see `linear_cross_entropy`.
+    inputs: what its forward takes, `input_ids` [B, S] among it. places: bool [B, T], of which N are True, row by row, T being the places
+    that it writes: S, or as many as a decoder of its own is given; or int64 [N], each within B x S. Logits are never whole in memory where
+    the model's output layer is its last: see `linear_cross_entropy`.
     """
     return _scored(model, inputs, places, targets, summed=True)
 
@@ -104,28 +96,19 @@ def logprobs_at(model: Any, inputs: Mapping[str, torch.Tensor], places: torch.Te
     return _scored(model, inputs, places, targets, summed=False)
 
 
-def sequence_logprobs(model: Any, batch: Batch, *, chunk: int | None = None) -> torch.Tensor:
-    """Sum over each row's targets of their log-probabilities: [B], natural logarithm."""
-    if chunk is None:
-        each = supervised_logprobs(model, batch)
-    else:
-        each = token_logprobs(*supervised_logits(model, batch), chunk=chunk)
-    row = batch.supervised.nonzero()[:, 0]
-    return each.new_zeros(len(batch.supervised)).index_add(0, row, each)
-
-
 def _predicts(batch: Batch) -> torch.Tensor:
     """The places whose next token is a target: bool [B, T]."""
     return F.pad(batch.supervised[:, 1:], (0, 1))
 
 
-def _head(model: Any) -> Any:
+def output_layer(model: Any) -> Any:
+    """What gives a model's logits, where it is a module of its own; else None."""
     return model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
 
 
 def _logits(model: Any, inputs: Mapping[str, torch.Tensor], places: torch.Tensor) -> torch.Tensor:
     """Logits [N, V] at `places`."""
-    head, length = _head(model), inputs["input_ids"].shape[1]
+    head, length = output_layer(model), _length(inputs, places)
 
     def leave_out(_: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
         hidden, *rest = args
@@ -141,6 +124,11 @@ def _logits(model: Any, inputs: Mapping[str, torch.Tensor], places: torch.Tensor
     return logits.flatten(0, -2) if logits.shape[:-1] == (1, count) else _at(logits, places, length)
 
 
+def _length(inputs: Mapping[str, torch.Tensor], places: torch.Tensor) -> int:
+    """Places of a row."""
+    return (places if places.dtype == torch.bool else inputs["input_ids"]).shape[1]
+
+
 def _at(states: torch.Tensor, places: torch.Tensor, length: int) -> torch.Tensor:
     """[B, T, H] -> [N, H]. Soft prompts stand before a row's own `length` places."""
     states = states[:, -length:]
@@ -149,7 +137,7 @@ def _at(states: torch.Tensor, places: torch.Tensor, length: int) -> torch.Tensor
 
 def _scored(model: Any, inputs: Mapping[str, torch.Tensor], places: torch.Tensor, targets: torch.Tensor, *, summed: bool) -> torch.Tensor:
     """The log-probabilities or - their sum, taken in place of logits by the output layer where it is the model's last word."""
-    head, length, made = _head(model), inputs["input_ids"].shape[1], list[torch.Tensor]()
+    head, length, made = output_layer(model), _length(inputs, places), list[torch.Tensor]()
     if not _last(model, head, inputs):
         each = token_logprobs(_logits(model, inputs, places), targets)
         return -each.sum() if summed else each

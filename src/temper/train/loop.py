@@ -54,7 +54,8 @@ def train(
     *,
     optimizer: torch.optim.Optimizer,
     schedule: Callable[[float], float],
-    updates: int,
+    updates: int | None = None,
+    budget: float | None = None,
     context: Context,
     live: Live | None = None,
     clip: float | None = 1.0,
@@ -70,7 +71,7 @@ def train(
     anchor: Anchoring | None = None,
     spread: Spread | None = None,
 ) -> History:
-    """Trains `model` in place for `updates` updates, going on from the newest whole checkpoint in `context.work`.
+    """Trains `model` in place for `updates` updates, or for `budget` seconds, going on from the newest whole checkpoint in `context.work`.
 
     plan: micro-batches by update. loss: `(model, batch) -> Sum`; an update descends the sum over its micro-batches divided by its
     count, so k micro-batches of b are one of kb, on one process or on several. optimizer: over `trainable(spread.model, live)`;
@@ -84,14 +85,19 @@ def train(
     updates whose model stays in `context.work/kept/<name>`, filled by `on_keep(name, folder)` where given, else with what was
     learnt; under `keep_best` that of the lowest `heldout_loss` stays as `best`.
 
-    The same seed gives the same weights, bit for bit on one machine, however often the run was interrupted: batches and dropout
-    depend on the update alone. Raises FloatingPointError where a loss or gradient is not finite, before any weight changes; the
+    Under a budget the run ends with the update in which the time is over, that of earlier sessions counted; the main process's clock
+    counts, and progress is the share of the time that is used.
+
+    The same seed gives the same weights, bit for bit on one machine, however often the run of so many updates was interrupted: batches
+    and dropout depend on the update alone. Raises FloatingPointError where a loss or gradient is not finite, before any weight changes; the
     batch is in `context.work/failed`. On SIGINT or SIGTERM the update is finished, a checkpoint written, and KeyboardInterrupt raised.
     """
-    if beyond := sorted(update for update in keep if not 0 < update <= updates):
+    if (updates is None) == (budget is None):
+        raise Problem("a run's length is given in updates or in seconds; give one of the two")
+    if beyond := sorted(update for update in keep if not 0 < update <= (updates or math.inf)):
         raise Problem(f"update {beyond[0]} cannot be kept; the run has updates 1 to {updates}")
     spread, world = spread or Spread(model), context.world
-    run = Run(spread.model, optimizer, live, plan, updates)
+    run = Run(spread.model, optimizer, live, plan, f"{updates} updates" if budget is None else f"{budget:g} s")
     saved = checkpoints.Checkpoints(context.work / "checkpoints", context.note, group=world.group)
     for group in optimizer.param_groups:
         group.setdefault("initial_lr", group["lr"])
@@ -113,37 +119,50 @@ def train(
                     on_keep(name, beside) if on_keep else checkpoints.fill(beside, {"model": learnt(model)})
             world.wait()
 
+    def over() -> bool:
+        return history.updates == updates if budget is None else history.seconds >= budget
+
+    def expected() -> float:
+        """Updates that the run will have: under a budget by the time that they took so far, at first any number."""
+        if budget is None:
+            return updates or 0
+        return budget * history.updates / history.seconds if history.updates else math.inf
+
     device, stream = parameters[0].device, context.stream("model")
     begun, checkpointed = time.monotonic() - history.seconds, time.monotonic()
     with (
         _training(spread.model, device),
         _Interrupts() as interrupts,
         contextlib.closing(saved),
-        contextlib.closing(_Ahead(plan, world, device, history.updates, updates)) as ahead,
+        contextlib.closing(_Ahead(plan, world, device, history.updates, updates or math.inf)) as ahead,
         context.track(updates, unit="update") as bar,
     ):
         bar.resume(history.updates)
-        for update in range(history.updates, updates):
+        while not over():
+            update, whole = history.updates, expected()
+            bar.total = math.ceil(whole) if whole < math.inf else None
             if live is not None:
-                live.advance(Progress(update, updates, history.tokens))
-            set_rates(optimizer, schedule, (update + 0.5) / updates)
+                live.advance(Progress(update, whole, history.tokens))
+            set_rates(optimizer, schedule, min(1.0, (update + 0.5) / whole))
 
             pieces, tokens = ahead.take(update)
             closure = Closure(spread, loss, optimizer, update, pieces, stream, clip, precision, anchor, context.work / "failed")
             saved.staged()  # the last checkpoint's copy is whole before a weight changes
             optimizer.step(closure)
             if average is not None:
-                average.update(parameters, (update + 1) / updates)
+                average.update(parameters, min(1.0, (update + 1) / whole))
             if update == history.resumed:
                 saved.prepare(run.state(history))  # now that the optimizer has its state
 
             done = update + 1
-            history.updates, history.tokens, history.seconds = done, history.tokens + tokens, time.monotonic() - begun
+            taken = time.monotonic() - begun
+            history.updates, history.tokens = done, history.tokens + tokens
+            history.seconds = taken if budget is None else world.tell(taken)
             lr, seconds = optimizer.param_groups[0]["lr"], round(history.seconds, 3)
             context.log(done, **closure.figures, lr=lr, tokens=history.tokens, seconds=seconds)
             bar.advance(1, tokens=tokens, loss=closure.figures["loss"])
 
-            last = done == updates
+            last = over()
             if evaluate is not None and (last or (evaluate_every and done % evaluate_every == 0)):
                 spread.model.eval()
                 with torch.no_grad(), averaged():
@@ -161,7 +180,8 @@ def train(
                 checkpointed = time.monotonic()
             if stop and not last:
                 saved.wait()
-                raise KeyboardInterrupt(f"stopped after update {done} of {updates}, which is checkpointed")
+                of = f" of {updates}" if updates else f", {history.seconds:.0f} of {budget:g} s"
+                raise KeyboardInterrupt(f"stopped after update {done}{of}, which is checkpointed")
         saved.wait()
     if average is not None:
         average.put(parameters)
@@ -207,7 +227,7 @@ class _Interrupts:
 class _Ahead:
     """An update's pieces on the device, made by a thread while the update before is computed."""
 
-    def __init__(self, plan: Plan, world: Any, device: torch.device, first: int, last: int):
+    def __init__(self, plan: Plan, world: Any, device: torch.device, first: int, last: float):
         self._plan, self._world, self._device, self._last = plan, world, device, last
         self._pool = concurrent.futures.ThreadPoolExecutor(1, "batches")
         self._next = self._pool.submit(self._make, first)
@@ -342,11 +362,11 @@ class Run:
     optimizer: torch.optim.Optimizer
     live: Live | None
     plan: Plan
-    updates: int
+    length: str
 
     def state(self, history: History) -> dict[str, Any]:
         state = {
-            "run": {"of": self.updates, "tokens": history.tokens, "seconds": history.seconds, "best": history.best},
+            "run": {"of": self.length, "tokens": history.tokens, "seconds": history.seconds, "best": history.best},
             "model": learnt(self.model),
             "optimizer": self.optimizer.state_dict(),
             "live": self.live.state_dict() if self.live is not None else {},
@@ -372,10 +392,10 @@ class Run:
         done, state = found
         own, run = learnt(self.model), state["run"]
         shapes = [{name: tuple(one.shape) for name, one in tensors.items()} for tensors in (own, state["model"])]
-        if shapes[0] != shapes[1] or run["of"] != self.updates:
+        if shapes[0] != shapes[1] or run["of"] != self.length:
             raise Problem(
-                f"the checkpoint after update {done} is of another run ({run['of']} updates of {len(state['model'])} tensors; "
-                f"here {self.updates} of {len(own)}, or of other shapes); give this run a work folder of its own"
+                f"the checkpoint after update {done} is of another run ({run['of']} of {len(state['model'])} tensors; "
+                f"here {self.length} of {len(own)}, or of other shapes); give this run a work folder of its own"
             )
         with torch.no_grad():
             for name, one in own.items():

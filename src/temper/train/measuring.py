@@ -27,14 +27,17 @@ def seconds(model: Any, loss: Callable[[Any, Batch], Sum], batches: Sequence[Bat
     return min(times[1:])
 
 
-def passes(model: Any, loss: Callable[[Any, Batch], Sum], batches: Sequence[Batch], precision: Precision) -> None:
-    """Goes forward and backward over batches; the gradients are thrown away."""
+def passes(
+    model: Any, loss: Callable[[Any, Batch], Sum], batches: Sequence[Batch], precision: Precision, *, forward_only: bool = False
+) -> None:
+    """Goes forward and, unless `forward_only`, backward over batches; the gradients are thrown away."""
     device = batches[0].input_ids.device
     learnt = [one for one in model.parameters() if one.requires_grad]
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         for batch in batches:
-            with autocast(device.type, precision):
+            with autocast(device.type, precision), torch.set_grad_enabled(not forward_only):
                 total = loss(model, batch).total
-            torch.autograd.grad(total, learnt, allow_unused=True)
+            if not forward_only:
+                torch.autograd.grad(total, learnt, allow_unused=True)
     if device.type == "cuda":
         torch.cuda.synchronize()

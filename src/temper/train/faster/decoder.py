@@ -255,7 +255,7 @@ def _compared(kind: type, told: str, config: Any) -> tuple[float | None, list[ty
     multipliers, dropout) is noticed, in any version of it.
     """
     if (kind, told) not in _known:
-        with torch.random.fork_rng([]), torch.device("cpu"), torch.autocast("cpu", enabled=False):
+        with torch.enable_grad(), torch.random.fork_rng([]), torch.device("cpu"), torch.autocast("cpu", enabled=False):
             _known[kind, told] = _compare(kind(_small(config)).double())
     return _known[kind, told]
 

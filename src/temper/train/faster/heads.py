@@ -54,22 +54,33 @@ def _pass(
 
 
 class Each(torch.autograd.Function):
-    """The log-probabilities, [N]. Logits are computed again in the backward pass."""
+    """The log-probabilities, [N]. Where the layer stands still the forward pass takes each one's gradient by its row of hidden, which
+    the backward pass scales; else logits are computed again in the backward pass."""
 
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, kind: torch.dtype, rows: int, learning: bool
     ) -> Tensor:
-        ctx.save_for_backward(hidden, weight, bias, targets)
         ctx.kind, ctx.rows = kind, rows
-        return _pass(hidden, weight, bias, targets, kind, rows, None, (False,) * 3).found
+        ctx.fixed = learning and ctx.needs_input_grad[0] and not any(ctx.needs_input_grad[1:3])
+        slopes = _ones(targets, kind) if ctx.fixed else None
+        made = _pass(hidden, weight, bias, targets, kind, rows, slopes, (ctx.fixed, False, False))
+        ctx.save_for_backward(*(made.gradients[:1] if ctx.fixed else (hidden, weight, bias, targets)))
+        return made.found
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, slopes: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.fixed:
+            (each,) = ctx.saved_tensors
+            return each * slopes[:, None].to(each.dtype), *(None,) * 6
         hidden, weight, bias, targets = ctx.saved_tensors
         made = _pass(hidden, weight, bias, targets, ctx.kind, ctx.rows, slopes, ctx.needs_input_grad)
         return *made.gradients, *(None,) * 4
+
+
+def _ones(targets: Tensor, kind: torch.dtype) -> Tensor:
+    return targets.new_ones(targets.shape, dtype=torch.promote_types(kind, torch.float32))
 
 
 class Summed(torch.autograd.Function):
@@ -80,7 +91,7 @@ class Summed(torch.autograd.Function):
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, kind: torch.dtype, rows: int, learning: bool
     ) -> Tensor:
         wanted = ctx.needs_input_grad if learning else (False,) * 3
-        slopes = -targets.new_ones(targets.shape, dtype=torch.promote_types(kind, torch.float32)) if any(wanted) else None
+        slopes = -_ones(targets, kind) if any(wanted) else None
         made = _pass(hidden, weight, bias, targets, kind, rows, slopes, wanted)
         ctx.save_for_backward(*made.gradients)
         return -made.found.sum()

@@ -33,17 +33,17 @@ struct bf16 {
     uint16_t bits;
 };
 
-inline vec widen(const float* p, Int n) {
+// n numbers, the rest of the vector 0.
+template <class N> inline vec load(const float* p, N n) {
     vec v{};
     std::memcpy(&v, p, n * sizeof(float));
     return v;
 }
-inline vec widen(const bf16* p, Int n) {
+template <class N> inline vec load(const bf16* p, N n) {
     halves h{};
     std::memcpy(&h, p, n * sizeof(bf16));
     return (vec)(__builtin_convertvector(h, words) << 16);
 }
-template <class T, class N> inline vec load(const T* p, N n) { return widen(p, n); }
 
 template <class N> inline void store(float* p, vec v, N n) { std::memcpy(p, &v, n * sizeof(float)); }
 template <class N> inline void store(bf16* p, vec v, N n) {
@@ -230,15 +230,12 @@ void cross(T* logits, const Int* targets, const float* slopes, float* logprobs, 
             total += e;
         });
         const float all_of = sum(total), log = most + std::log(all_of);
-        float at[1];
-        vec wanted = load(row + targets[i], 1);
-        at[0] = wanted[0];
-        logprobs[i] = at[0] - log;
+        const float found = load(row + targets[i], 1)[0] - log;
+        logprobs[i] = found;
         if (!slopes) continue;
         const float s = slopes[i], share = -s / all_of;
         across(width, [&](Int j, auto m) { store(row + j, exp2((load(row + j, m) - most) * LOG2E) * share, m); });
-        vec there = all(s + std::exp(at[0] - log) * -s);
-        store(row + targets[i], there, 1);
+        store(row + targets[i], all(s - s * std::exp(found)), 1);
     }
 }
 
@@ -407,7 +404,6 @@ template <class T> void attend(const Attention& a, Int sequence, Int kv) {
         turn(turned, row, i - begin, n);
         across(a.size, [&](Int j, auto m) { store(values + (i - begin) * n + j, load(v + j, m), m); });
     }
-    // padding of the head size in turned: rows d >= size stay 0
     for (Int start = begin; start < end; start += QB) {
         const Block b(a, begin, end, start);
         const Int wide = b.wide();

@@ -38,8 +38,8 @@ _KERNELS = {
 _KINDS = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
 
-def _named(type: str, names: str) -> list[tuple[str, Any]]:
-    return [(name, _TYPES[type]) for name in names.split()]
+def _named(kind: str, names: str) -> list[tuple[str, Any]]:
+    return [(name, _TYPES[kind]) for name in names.split()]
 
 
 class Attention(ctypes.Structure):

@@ -46,7 +46,7 @@ def add(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 
 def norm(x: torch.Tensor, weight: torch.Tensor, eps: float, offset: float, kind: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """Root-mean-square norm: h = x r (weight + offset), r = rsqrt(mean(x^2) + eps). Gives h in format `kind`, and r [N]."""
-    if _plain(x, weight) or not native.suits(x, weight):
+    if not _suits_norm(x, weight):
         r = torch.rsqrt(_wide(x).square().mean(-1) + eps)
         return normed(x, weight, r, offset, kind), r
     h, r = x.new_empty(x.shape, dtype=kind), x.new_empty(x.shape[0])
@@ -56,7 +56,7 @@ def norm(x: torch.Tensor, weight: torch.Tensor, eps: float, offset: float, kind:
 
 def normed(x: torch.Tensor, weight: torch.Tensor, r: torch.Tensor, offset: float, kind: torch.dtype) -> torch.Tensor:
     """h once more, from r."""
-    if _plain(x, weight) or not native.suits(x, weight):
+    if not _suits_norm(x, weight):
         return (_wide(x) * r[:, None] * (_wide(weight) + offset)).to(kind)
     h = x.new_empty(x.shape, dtype=kind)
     native.call("norm", kind, x, weight, h, r, *x.shape, 1, _threads(), 0.0, float(offset))
@@ -67,7 +67,7 @@ def norm_backward(
     x: torch.Tensor, weight: torch.Tensor, r: torch.Tensor, offset: float, dh: torch.Tensor, dout: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """dout + the gradient that reaches x through h, and the weight's gradient."""
-    if _plain(x, weight) or not native.suits(x, weight, dh, dout):
+    if not _suits_norm(x, weight, dh, dout):
         n, g = _wide(x) * r[:, None], _wide(dh)
         slope = g * (_wide(weight) + offset)
         dx = (slope - n * (slope * n).mean(-1, keepdim=True)) * r[:, None]
@@ -77,9 +77,9 @@ def norm_backward(
     return dx, sums.sum(0)
 
 
-def _plain(*tensors: torch.Tensor) -> bool:
-    """Whether some are not float32, which is what the kernels keep hidden states and norms in."""
-    return any(one.dtype != torch.float32 for one in tensors)
+def _suits_norm(x: torch.Tensor, weight: torch.Tensor, *gradients: torch.Tensor) -> bool:
+    """Whether the kernels take them, which keep hidden states and a norm's weight in float32."""
+    return native.suits(x, weight, *gradients) and x.dtype == weight.dtype == torch.float32
 
 
 # ------------------------------------------------------------------------------------------------------ gated MLP

@@ -164,9 +164,7 @@ def translate(model: Any, pairs: Sequence[tuple[list[int], Piece]], device: Any)
     targets, places = _filled([tokens for _, (tokens, _) in pairs]), _filled([flags for _, (_, flags) in pairs]).bool()
     first = torch.full_like(targets[:, :1], _beginning(model))
     given = {"input_ids": inputs, "attention_mask": read, "decoder_input_ids": torch.cat([first, targets[:, :-1]], 1)}
-    logits = model(**{name: one.to(device) for name, one in given.items()}, use_cache=False).logits
-    each = logprobs.token_logprobs(logits[places.to(device)], targets[places].to(device))
-    return Sum(-each.sum(), len(each))
+    return in_place(model, {name: one.to(device) for name, one in given.items()}, places.to(device), targets[places].to(device))
 
 
 def _beginning(model: Any) -> int:

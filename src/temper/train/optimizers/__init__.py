@@ -30,7 +30,8 @@ Pull = Annotated[float, Field(ge=0)]
 
 @slot(phased=False)
 class Optimizer(Protocol):
-    """How do gradients become changes? `build(parameters) -> torch.optim.Optimizer` whose `step(closure)` calls the closure."""
+    """How do gradients become changes? `build(parameters) -> torch.optim.Optimizer` whose `step(closure)` calls the closure: once, or
+    `passes` times where it has such an attribute; with `forward_only` without gradients."""
 
     def build(self, parameters: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer: ...
 

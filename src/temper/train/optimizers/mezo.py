@@ -20,6 +20,8 @@ class ZerothOrder(Joined):
     under `sparsity` a bit per weight for as long as an update takes.
     """
 
+    forward_only = True
+
     def __init__(
         self,
         bases: Sequence[torch.optim.Optimizer],
@@ -31,6 +33,7 @@ class ZerothOrder(Joined):
     ):
         super().__init__(*bases)
         self._stream, self._epsilon, self._estimator, self._sparsity = stream, epsilon, estimator, sparsity
+        self.passes = 5 if estimator == "conservative" else 2
         self._held = [group["params"][0] for group in self.param_groups]
         self.param_groups[0]["updates"] = 0
         self._place = 0.0  # the weights stand at w + place z

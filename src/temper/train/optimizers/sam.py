@@ -15,6 +15,8 @@ from temper.train.slices import sliced
 class SharpnessAware(Joined):
     """See the part `sam`. State: the base's alone; the weights are copied during an update, and put back bit for bit."""
 
+    passes = 2
+
     def __init__(self, base: torch.optim.Optimizer, rho: float, adaptive: bool):
         super().__init__(base)
         self.rho, self.adaptive = rho, adaptive
