@@ -308,12 +308,12 @@ def test_importing_and_writing_loads_nothing_heavy(tmp_path):
 
 def test_styles_travel_in_the_package():
     root = Path(__file__).parents[1]
-    project = tomllib.loads((root / "pyproject.toml").read_text())
-    given = project["tool"]["setuptools"]["package-data"]["temper"] + (root / "MANIFEST.in").read_text().split()
-    for path in (root / "src" / "temper").rglob("*"):
-        if path.is_file() and path.suffix not in {".py", ".pyc"}:
-            inside = path.relative_to(root / "src" / "temper")
-            assert any(inside.match(pattern) for pattern in given), f"no pattern takes {inside} into the package"
+    wheel = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]
+    assert wheel["packages"] == ["src/temper"]  # with every file in it that git does not ignore
+    asked = [str(path) for path in (root / "src" / "temper").rglob("*") if path.is_file() and path.suffix not in {".py", ".pyc"}]
+    assert any(path.endswith("study.css") for path in asked)
+    assert not subprocess.run(["git", "check-ignore", *asked], cwd=root, capture_output=True, text=True, check=False).stdout
+    assert {name: (root / name).is_dir() for name in wheel["force-include"]} == {"studies": True, "cards": True}
 
 
 # ---------------------------------------------------------------- what may be said of figures

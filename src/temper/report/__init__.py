@@ -1,4 +1,4 @@
-"""A run -> one self-contained HTML page, and the same content as JSON beside it.
+"""A run -> one self-contained HTML page, and the same content as JSON beside it; `study` does the same for a study.
 
 The page opens from disk and asks the network for nothing: styles and a short sorting script are inside, and its
 Content-Security-Policy forbids everything else. Charts are inline SVG from `charts.py` rather than plotly: plotly's
@@ -17,7 +17,7 @@ import math
 import re
 from dataclasses import field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
@@ -25,6 +25,8 @@ from pydantic.dataclasses import dataclass
 from temper.context import write as write_whole
 from temper.parts import Described, Problem, nearest
 from temper.passport import Figure
+
+T = TypeVar("T")
 
 _STRICT = ConfigDict(extra="forbid")
 
@@ -126,21 +128,26 @@ def write(run: RunReport | dict[str, Any], path: Path) -> None:
     checked = read(shorten(dataclasses.asdict(run) if isinstance(run, RunReport) else run))
     path = Path(path)
     write_whole(path, page(checked))
-    write_whole(path.with_suffix(".json"), json.dumps(_finite(dataclasses.asdict(checked)), indent=1, ensure_ascii=False) + "\n")
+    write_whole(path.with_suffix(".json"), json.dumps(finite(dataclasses.asdict(checked)), indent=1, ensure_ascii=False) + "\n")
 
 
 def read(plain: dict[str, Any]) -> RunReport:
     """A plain dict, such as the content of `report.json`, checked into a `RunReport`."""
-    try:
-        run = TypeAdapter(RunReport).validate_python(plain)
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise Problem(f"{first['msg']} (see temper.report.RunReport)", tuple(first["loc"])) from error
+    run = check(RunReport, plain, "temper.report.RunReport")
     known = [step.name for step in run.steps]
     for at, stage in enumerate(run.stages):
         if stage.step not in known:
             raise Problem(f"`{stage.step}` is no step of this run{nearest(stage.step, known)}", ("stages", at, "step"))
     return run
+
+
+def check(shape: type[T], plain: dict[str, Any], name: str) -> T:
+    """A plain dict as a `shape`. Raises `Problem` with the first key that does not fit; `name` says where the shape is described."""
+    try:
+        return TypeAdapter(shape).validate_python(plain)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise Problem(f"{first['msg']} (see {name})", tuple(first["loc"])) from error
 
 
 _ABSOLUTE = re.compile(r"(?:file://|(?<![\w./:~\\…])(?:~|[A-Za-z]:)?)[/\\](?:[^\s/\\'\"<>|,;()\[\]{}]+[/\\])+([^\s/\\'\"<>|,;()\[\]{}]*)")
@@ -161,14 +168,14 @@ def shorten(value: Any) -> Any:
             return value
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """The same value with `nan` and infinities, which JSON lacks, as text; `read` takes them back."""
     match value:
         case float() if not math.isfinite(value):
             return str(value)
         case dict():
-            return {key: _finite(one) for key, one in value.items()}
+            return {key: finite(one) for key, one in value.items()}
         case list() | tuple():
-            return [_finite(one) for one in value]
+            return [finite(one) for one in value]
         case _:
             return value

@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 
 from temper.report.html import Html, tag
-from temper.report.words import NARROW, count, measure, number
+from temper.report.words import NARROW, SCALED, count, measure, number
 
 TINTS = 5
 """Number of stage tints in the style sheet."""
@@ -44,14 +44,14 @@ def log_ticks(low: float, high: float) -> list[float]:
 
 
 class Axis:
-    """Maps values onto a stretch of the drawing; logarithmic where values are positive and span more than a factor of 30.
+    """Maps values onto a stretch of the drawing; logarithmic where values are positive and span more than a factor of `spread`.
 
     The stretch reaches from the first to the last tick, or exactly from `low` to `high` where `tight`, with the ticks between; `whole`
     keeps ticks to integers.
     """
 
-    def __init__(self, low: float, high: float, start: float, end: float, tight: bool = False, whole: bool = False):
-        self.log = low > 1e-12 and high / low > 30
+    def __init__(self, low: float, high: float, start: float, end: float, tight: bool = False, whole: bool = False, spread: float = 30):
+        self.log = low > 1e-12 and high / low > spread
         self.ticks = log_ticks(low, high) if self.log else ticks(low, high, whole=whole)
         if tight and self.ticks[0] <= low < high <= self.ticks[-1]:
             self.ticks = [value for value in self.ticks if low <= value <= high]
@@ -69,7 +69,7 @@ class Axis:
 
     def labels(self, unit: str = "") -> list[str]:
         """The ticks in words, with as many decimals as tell neighbours apart."""
-        if unit in {"bytes", "s", "seconds"}:
+        if unit in SCALED:
             return [measure(value, unit) for value in self.ticks]
         shares = [100 * value for value in self.ticks] if unit == "share" else self.ticks
         end = NARROW + "%" if unit in {"share", "%"} else ""
@@ -92,16 +92,19 @@ def tint(index: int, total: int) -> str:
     return f"var(--t{round(index * (TINTS - 1) / max(1, total - 1))})"
 
 
-def _svg(height: float, label: str, *children: object) -> Html:
+def svg(height: float, label: str, *children: object) -> Html:
+    """A drawing of the common width; `label` says what it shows."""
     return tag("svg", tag("title", label), *children, viewBox=f"0 0 {WIDTH} {round(height)}", role="img", class_="chart")
 
 
-def _text(x: float, y: float, text: str, **more: object) -> Html:
-    return tag("text", text, x=x, y=y, **more)
+def text(x: float, y: float, words: str, **more: object) -> Html:
+    """Words at a place."""
+    return tag("text", words, x=x, y=y, **more)
 
 
-def _short(text: str, length: int) -> str:
-    return text if len(text) <= length else text[: length - 1] + "…"
+def short(words: str, length: int) -> str:
+    """Words cut to a length, with an ellipsis where something is cut."""
+    return words if len(words) <= length else words[: length - 1] + "…"
 
 
 def dots(label: str, rows: Sequence[tuple[str, float, float | None, float | None]], unit: str = "") -> Html:
@@ -111,7 +114,7 @@ def dots(label: str, rows: Sequence[tuple[str, float, float | None, float | None
     axis = Axis(min(values), max(values), left, WIDTH - right)
     bottom = top + line * len(rows)
     marks = [tag("line", x1=axis(value), x2=axis(value), y1=top, y2=bottom, class_="grid") for value in axis.ticks]
-    marks += _ticks_below(axis, unit, bottom + 14)
+    marks += ticks_below(axis, unit, bottom + 14)
     places = [(axis(value), top + line * (index + 0.5)) for index, (_, value, _, _) in enumerate(rows)]
     marks.append(tag("polyline", points=" ".join(f"{x},{y}" for x, y in places), class_="path"))
     for index, ((name, value, low, high), (x, y)) in enumerate(zip(rows, places, strict=True)):
@@ -128,17 +131,17 @@ def dots(label: str, rows: Sequence[tuple[str, float, float | None, float | None
                 "g",
                 tag("title", words),
                 tag("rect", x=0, y=y - line / 2, width=WIDTH, height=line, class_="hit"),
-                _text(left - 12, y + 4, _short(name, 13), text_anchor="end", class_="name"),
+                text(left - 12, y + 4, short(name, 13), text_anchor="end", class_="name"),
                 interval,
                 tag("circle", cx=x, cy=y, r=5, class_="dot"),
-                _text(WIDTH - right + 10, y + 4, measure(value, unit), class_="value"),
+                text(WIDTH - right + 10, y + 4, measure(value, unit), class_="value"),
                 style=f"--tint:{tint(index, len(rows))}",
             )
         )
-    return _svg(bottom + 20, label, marks)
+    return svg(bottom + 20, label, marks)
 
 
-def _ticks_below(axis: Axis, unit: str, y: float) -> list[Html]:
+def ticks_below(axis: Axis, unit: str, y: float) -> list[Html]:
     """Labels of a horizontal axis; every second, third, ... where neighbours would touch (a letter is about 6 units wide)."""
     places, words = [axis(value) for value in axis.ticks], axis.labels(unit)
 
@@ -148,7 +151,7 @@ def _ticks_below(axis: Axis, unit: str, y: float) -> list[Html]:
 
     every = next(every for every in range(1, len(words) + 1) if not touch(every))
     kept = zip(places[::every], words[::every], strict=True)
-    return [_text(x, y, word, text_anchor="middle", class_="tick") for x, word in kept]
+    return [text(x, y, word, text_anchor="middle", class_="tick") for x, word in kept]
 
 
 def curves(label: str, series: Sequence[tuple[str, Sequence[tuple[float, float]]]], across: str = "step", bins: int = 60) -> Html:
@@ -164,9 +167,9 @@ def curves(label: str, series: Sequence[tuple[str, Sequence[tuple[float, float]]
     marks: list[Html] = []
     for value, word in zip(y_axis.ticks, y_axis.labels(), strict=True):
         marks.append(tag("line", x1=left, x2=WIDTH - right, y1=y_axis(value), y2=y_axis(value), class_="grid"))
-        marks.append(_text(left - 6, y_axis(value) + 4, word, text_anchor="end", class_="tick"))
-    marks += _ticks_below(x_axis, "", bottom + 16)
-    marks.append(_text((left + WIDTH - right) / 2, bottom + 34, across, text_anchor="middle", class_="tick"))
+        marks.append(text(left - 6, y_axis(value) + 4, word, text_anchor="end", class_="tick"))
+    marks += ticks_below(x_axis, "", bottom + 16)
+    marks.append(text((left + WIDTH - right) / 2, bottom + 34, across, text_anchor="middle", class_="tick"))
     ends: list[tuple[float, int, float]] = []
     for index, (name, line) in enumerate(series):
         grouped = _grouped(sorted(line), bins)
@@ -186,8 +189,8 @@ def curves(label: str, series: Sequence[tuple[str, Sequence[tuple[float, float]]
     above = math.inf
     for y, index, value in sorted(ends, reverse=True):  # from the lowest up, each clear of the one below it
         above = min(y, above - 13)
-        marks.append(_text(WIDTH - right + 8, above + 4, number(value), class_=f"value s{index}"))
-    return _svg(bottom + 40, label, marks)
+        marks.append(text(WIDTH - right + 8, above + 4, number(value), class_=f"value s{index}"))
+    return svg(bottom + 40, label, marks)
 
 
 def _grouped(line: Sequence[tuple[float, float]], bins: int) -> list[list[tuple[float, float]]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from temper.parts import shown
@@ -61,6 +61,6 @@ def plainly(value: Any) -> str:
     return value if isinstance(value, str) else shown(value)
 
 
-def pairs(values: dict[str, Any]) -> Html:
+def pairs(values: Mapping[str, Any]) -> Html:
     """Names and values."""
     return tag("dl", [(tag("dt", prose(name)), tag("dd", plainly(value))) for name, value in values.items()], class_="pairs")

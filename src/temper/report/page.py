@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from temper.report.charts import tint
+from temper.report.frame import again, document, facts
 from temper.report.html import Html, join, tag
 from temper.report.stages import Row, compared, figure_charts, figure_table, life
-from temper.report.steps import again, choices, costs, details, lineage, training
+from temper.report.steps import choices, costs, details, lineage, training
 from temper.report.words import count, duration, joined, size
 
 if TYPE_CHECKING:
@@ -22,6 +20,7 @@ def page(run: RunReport) -> str:
     """The whole document."""
     rows = compared(run)
     tints = stage_tints(run, rows)
+    hint = "With the same versions on the same machine, the same recipe and seed give the same weights."
     sections = {
         "Stages": ("What each stage did", life(rows, run.interval)),
         "Figures": ("Figures by stage", figure_table(rows, run.interval)),
@@ -31,40 +30,10 @@ def page(run: RunReport) -> str:
         "Lineage": ("Where everything comes from", lineage(run.steps, tints)),
         "Choices": ("Choices made automatically", choices(run)),
         "Settings": ("Settings of every step", join([details(step) for step in run.steps])),
-        "Again": ("Run it again", again(run)),
+        "Again": ("Run it again", again(hint, run.rerun, run.recipe, "Recipe", run.versions, run.machine)),
     }
-    kept = {key: value for key, value in sections.items() if value[1]}
-    head, style, script = _head(run)
-    body = tag(
-        "body",
-        tag("header", header(run, rows), tag("nav", [tag("a", key, href=f"#{key.lower()}") for key in kept], aria_label="Sections")),
-        tag("main", [_section(key.lower(), title, content) for key, (title, content) in kept.items()]),
-        tag(
-            "footer",
-            f"Made by Temper {run.versions.get('temper', '')} at {run.created}. The same content is in the JSON file beside this page.",
-        ),
-        script,
-    )
-    return "<!doctype html>\n" + tag("html", tag("head", head, style), body, lang="en") + "\n"
-
-
-def _section(key: str, title: str, content: Html | None) -> Html:
-    return tag("section", tag("h2", title, id=f"{key}-title"), content, id=key, aria_labelledby=f"{key}-title")
-
-
-def _head(run: RunReport) -> tuple[list[Html], Html, Html]:
-    """Head elements, style and script; the policy lets this very script and nothing from outside run."""
-    here = Path(__file__).parent
-    style, script = ((here / f"report.{kind}").read_text(encoding="utf8") for kind in ("css", "js"))
-    allowed = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{allowed}'; base-uri 'none'; form-action 'none'"
-    head = [
-        tag("meta", charset="utf-8"),
-        tag("meta", http_equiv="Content-Security-Policy", content=policy),
-        tag("meta", name_="viewport", content="width=device-width, initial-scale=1"),
-        tag("title", f"{run.name} · Temper"),
-    ]
-    return head, tag("style", Html(style)), tag("script", Html(script))
+    foot = f"Made by Temper {run.versions.get('temper', '')} at {run.created}. The same content is in the JSON file beside this page."
+    return document(run.name, header(run, rows), sections, foot)
 
 
 def sentence(run: RunReport, rows: Sequence[Row]) -> str:
@@ -85,29 +54,29 @@ def header(run: RunReport, rows: Sequence[Row]) -> Html:
     kept = sum(step.status == "from the store" for step in run.steps)
     peak = max((step for step in run.steps if step.peak_memory), key=lambda step: step.peak_memory or 0, default=None)
     final = rows[-1].step if rows else None
-    facts: list[tuple[str, str, str]] = []
+    told: list[tuple[str, str, str]] = []
     if run.seconds is not None:
         made = sum(step.seconds for step in run.steps)
-        facts.append(("Time", duration(run.seconds), f"{duration(made)} to make it all" if kept else f"{len(run.steps)} steps"))
+        told.append(("Time", duration(run.seconds), f"{duration(made)} to make it all" if kept else f"{len(run.steps)} steps"))
     if kept:
-        facts.append(("Steps", str(len(run.steps)), f"{kept} from the store"))
+        told.append(("Steps", str(len(run.steps)), f"{kept} from the store"))
     if peak:
-        facts.append(("Peak memory", size(peak.peak_memory or 0), f"in {peak.name}"))
+        told.append(("Peak memory", size(peak.peak_memory or 0), f"in {peak.name}"))
     if final and final.bytes:
-        facts.append(
+        told.append(
             (
                 "Final model",
                 size(final.bytes),
                 joined((f"{count(final.parameters)} parameters" if final.parameters else None, final.numbers)),
             )
         )
-    facts.append(("Seed", str(run.seed), f"{run.created.replace('T', ' ')[:16]} UTC"))
+    told.append(("Seed", str(run.seed), f"{run.created.replace('T', ' ')[:16]} UTC"))
     return join(
         tag("p", "Temper report", class_="kicker"),
         tag("h1", run.name),
         tag("p", sentence(run, rows), class_="lead"),
         tag("p", run.about, class_="about") if run.about else None,
-        tag("dl", [tag("div", tag("dt", name), tag("dd", value, tag("small", more))) for name, value, more in facts], class_="facts"),
+        facts(told),
         tag("ul", [tag("li", note) for note in run.notes], class_="notes about") if run.notes else None,
     )
 

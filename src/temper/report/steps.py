@@ -188,16 +188,3 @@ def details(step: StepReport) -> Html:
         tag("summary", tag("b", step.name), tag("small", joined((method(step), step.status)))),
         tag("div", inside, class_="inside"),
     )
-
-
-def again(run: RunReport) -> Html:
-    """The recipe, the command, and what it ran on."""
-    return join(
-        tag("p", "With the same versions on the same machine, the same recipe and seed give the same weights.", class_="hint"),
-        tag("pre", tag("code", run.rerun), aria_label="Command") if run.rerun else None,
-        tag("pre", tag("code", run.recipe), tabindex="0", aria_label="Recipe") if run.recipe else None,
-        tag("h3", "Versions") if run.versions else None,
-        pairs(run.versions),
-        tag("h3", "Machine") if run.machine else None,
-        pairs(run.machine),
-    )

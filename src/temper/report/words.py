@@ -15,6 +15,10 @@ NARROW = "\u202f"
 """A narrow space that does not break: between a number and its unit, and between thousands."""
 
 
+SCALED = {"bytes", "s", "seconds", "count", "FLOP"}
+"""Units that `measure` writes in the size that reads best."""
+
+
 def number(value: float, digits: int = 3) -> str:
     """A plain number, thousands grouped: integers whole, others with `digits` significant digits."""
     if isinstance(value, int):
@@ -30,13 +34,17 @@ def number(value: float, digits: int = 3) -> str:
 
 
 def measure(value: float, unit: str = "") -> str:
-    """A figure with its unit: shares in per cent, bytes and seconds in the size that reads best, other units behind the number."""
+    """A figure with its unit: shares in per cent, what is `SCALED` in the size that reads best, other units behind."""
     if unit in {"share", "%"}:
         return f"{_percent(100 * value if unit == 'share' else value)}{NARROW}%"
     if unit == "bytes":
         return size(value)
     if unit in {"s", "seconds"}:
         return duration(value)
+    if unit == "count":
+        return count(value)
+    if unit == "FLOP":
+        return f"{_scaled(value, ('', 'k', 'M', 'G', 'T', 'P', 'E'))}FLOP"
     return f"{number(value)}{NARROW}{unit}" if unit else number(value)
 
 
@@ -51,6 +59,10 @@ def _percent(value: float) -> str:
 
 def duration(seconds: float) -> str:
     """`0.8 s`, `43 s`, `4 min 03 s`, `2 h 05 min`."""
+    if not math.isfinite(seconds):
+        return number(seconds)
+    if seconds < 0:
+        return f"−{duration(-seconds)}"
     if seconds < 9.95:
         return f"{seconds:.1f}{NARROW}s"
     whole = round(seconds)
@@ -73,6 +85,8 @@ def count(value: float) -> str:
 
 
 def _scaled(value: float, prefixes: Sequence[str]) -> str:
+    if not math.isfinite(value):
+        return number(value) + NARROW
     step = 0
     while abs(value) >= 999.5 and step < len(prefixes) - 1:
         value, step = value / 1000, step + 1
@@ -137,3 +151,61 @@ def direction(figure: Figure) -> str | None:
 def said(figure: Figure) -> str:
     """A figure in a line: value, interval, examples, which way is better."""
     return joined((measure(figure.value, figure.unit), interval(figure), examples(figure), direction(figure)))
+
+
+# ---------------------------------------------------------------- studies
+
+COSTS = {
+    "seconds": ("time", "s"),
+    "tokens": ("tokens", "count"),
+    "updates": ("updates", "count"),
+    "flops": ("operations", "FLOP"),
+    "peak_memory": ("peak memory", "bytes"),
+    "memory": ("peak memory", "bytes"),
+    "bytes": ("size on disk", "bytes"),
+    "trials": ("trials", "count"),
+}
+"""A cost's name in words and its unit."""
+
+
+def capital(name: str) -> str:
+    """A name in the code as a title."""
+    return prose(name)[:1].upper() + prose(name)[1:]
+
+
+def cost_name(name: str) -> str:
+    """A cost as the page writes it."""
+    return COSTS.get(name, (prose(name), ""))[0]
+
+
+def spent(name: str, value: float) -> str:
+    """A cost with its unit."""
+    return measure(value, COSTS.get(name, ("", ""))[1])
+
+
+def points(value: float, unit: str) -> tuple[float, str]:
+    """A difference and its unit as people say them: shares and per cents differ by percentage points."""
+    return (100 * value, "points") if unit == "share" else (value, "points") if unit == "%" else (value, unit)
+
+
+def signed(value: float, unit: str = "", signs: bool = True) -> str:
+    """A difference with its sign and unit: `+1.2 points`."""
+    value, unit = points(value, unit)
+    words = f"{_percent(value)}{NARROW}points" if unit == "points" else measure(value, unit)
+    return f"+{words}" if signs and value > 0 and not words.startswith("<") else words
+
+
+def ends(low: float | None, high: float | None, unit: str, signs: bool = True) -> str | None:
+    """A difference's interval in words; None without one."""
+    if low is None or high is None:
+        return None
+    first, last = signed(low, unit, signs), signed(high, unit, signs)
+    bare, _, word = first.rpartition(NARROW)
+    if bare and not word[:1].isdigit() and last.endswith(NARROW + word):
+        first = bare
+    return f"{first} to {last}"
+
+
+def chance(p: float | None) -> str:
+    """A p-value."""
+    return "" if p is None else "<0.001" if p < 0.001 else f"{p:.3f}" if math.isfinite(p) else number(p)
