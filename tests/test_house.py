@@ -33,7 +33,7 @@ ENGINES = parts.engines()
 METHODS = [pytest.param(engine, name, id=f"{engine} {name}") for engine in ENGINES for name in parts.methods(engine)]
 
 LAYERS = (
-    ("lazy", "parts"),
+    ("lazy", "parts", "statistics"),
     ("world",),
     ("context",),
     ("keys", "passport", "store"),
@@ -42,6 +42,7 @@ LAYERS = (
     tuple(ENGINES),
     ("machine", "methods", "papers", "progress", "recipe", "report", "tracking"),
     ("explaining", "preflight", "preview", "reporting", "run"),
+    ("study",),
     ("cli",),
     ("__main__",),
 )
@@ -362,8 +363,9 @@ def test_a_ready_recipe_reads_and_its_data_suit_the_method(engine, name, tmp_pat
         module = parts.engine(engine)
         model = Passport("model", base=UNKNOWN, tokenizer=UNKNOWN, template=UNKNOWN, numbers="float32")
         parents: dict[str, Any] = {}
-        if "model" in module.INPUTS:
-            parents["model"] = [model] if module.INPUTS["model"].many else model
+        for role, takes in module.INPUTS.items():
+            if not takes.is_data and step.inputs.get(role):  # a new one where the recipe says so
+                parents[role] = [model] if takes.many else model
         if "data" in module.INPUTS:
             kind = shape or step.inputs["data"].load("train").shape
             module.INPUTS["data"].accept("data", Passport(kind))

@@ -17,6 +17,7 @@ import typer
 
 from temper import world
 from temper.parts import Problem, engines, nearest
+from temper.passport import whose
 
 app = typer.Typer(
     name="temper",
@@ -153,7 +154,7 @@ def _figures_table(result: Any) -> tuple[list[str], list[list[str]]]:
     for made in result.made.values():
         if made.artefact.passport.kind == "figures":
             for name, figure in made.artefact.figures.items():
-                stage, _, metric = name.rpartition(".")
+                stage, metric = whose(name)
                 stages.setdefault(stage, {})[f"{made.step.name} {metric}"] = figure
                 first.setdefault(made.step.name, f"{made.step.name} {metric}")
     aims = {aim for step in result.plan.steps for aim in step.aim}
@@ -277,8 +278,8 @@ def papers(
         _print([dataclasses.asdict(one) for one in found])
         return
     if found:
-        rows = [[one.id, f"{one.engine}.{one.name}", "yes" if one.built else "", one.title] for one in found]
-        _table(["id", "engine.name", "built", "title"], rows)
+        rows = [[one.id, f"{one.engine}.{one.name}", "yes" if one.built else "", one.verdict, one.title] for one in found]
+        _table(["id", "engine.name", "built", "card", "title"], rows)
         print(f"{len(found)} papers")
         return
     close = [f"{one.id} {one.title}" for one in near(" ".join(query or ()))]
@@ -296,6 +297,175 @@ def schema(out: Annotated[Path | None, typer.Argument(help="The file to write (d
     else:
         write(out, schema_text())
         _err(f"wrote {out}; begin a recipe with `# yaml-language-server: $schema={out.name}`")
+
+
+# ------------------------------------------------------------------------------------------------------ evidence
+
+Workers = Annotated[int, typer.Option("--workers", min=0, help="Processes that make runs side by side; 0: this one alone.")]
+Ray = Annotated[str | None, typer.Option("--ray", help="A Ray cluster's address, `auto`, or `local`.", metavar="ADDRESS")]
+MethodName = Annotated[str, typer.Argument(help="A method: tune.lora, or lora where only one engine has it.", metavar="METHOD")]
+
+
+def _conduct(study: Any, out: Path, store_at: Path | None, workers: int, ray: str | None, rerun: str, complete: Any = None) -> Any:
+    """Runs a study with a line for every run. complete: adds to the report before it is written."""
+    from temper.progress import Display
+    from temper.report.study import write
+    from temper.study import Ways, conduct
+
+    with Display(sys.stderr) as display:
+
+        def told(cell: Any, done: int, count: int) -> None:
+            seconds = sum(step.costs["seconds"] for step in cell.steps.values() if step.made)
+            figures = " · ".join(f"{name.rpartition('.')[2]} {figure.value:.4g}" for name, figure in cell.figures.items())
+            what = f"{'trial of ' if cell.job.trial else ''}{cell.job.arm}, seed {cell.job.seed}"
+            display.line(f"{done}/{count} {what}", f"{seconds:.1f} s" if cell.made else "from the store", cell.failed or figures)
+
+        def began(job: Any, step: Any, index: int, count: int) -> None:
+            display.place(f"{job.arm}, seed {job.seed}: {step.name}")
+
+        done = conduct(study, Ways(_store(store_at), workers, ray, display.show, display.say, began, told), rerun)
+    if complete is not None:
+        done = dataclasses.replace(done, report=complete(done))
+    write(done.report, out / "report.html")
+    return done
+
+
+def _tell_study(done: Any, out: Path, as_json: bool, **more: Any) -> None:
+    from temper.report import finite
+
+    report = done.report
+    if as_json:
+        _print({**finite(dataclasses.asdict(report)), "report": str(out / "report.html"), **more})
+        return
+    costs = [name for name in ("seconds", "bytes") if any(name in arm.costs for arm in report.arms)]
+    headings = ["arm", *report.measures, *({"seconds": "time", "bytes": "size"}[name] for name in costs)]
+    rows = [
+        [
+            arm.name,
+            *(f"{arm.figures[name].value:.4g}{_interval(arm.figures[name])}" for name in report.measures),
+            *(_cost(name, arm.costs.get(name)) for name in costs),
+        ]
+        for arm in report.arms
+    ]
+    _table(headings, rows)
+    if report.comparisons:
+        _table(
+            ["claim" if report.verdict else "comparison", "difference", "p", ""],
+            [
+                [one.claim, f"{one.difference:.4g} [{one.low:.3g}, {one.high:.3g}]", f"{one.p_adjusted:.3g}", one.verdict]
+                for one in report.comparisons
+            ],
+        )
+    for note in report.notes:
+        print(f"note: {note}")
+    print(f"  {report.verdict}: {report.finding}" if report.verdict else f"  {report.finding}")
+    print(f"  {'report':<16} {out / 'report.html'}")
+
+
+def _cost(name: str, value: float | None) -> str:
+    return "" if value is None else f"{value:.1f} s" if name == "seconds" else f"{value / 1e6:.2f} MB"
+
+
+@app.command()
+def study(
+    name: Annotated[str | None, typer.Argument(help="A study file, or one that ships with Temper; without it, these are listed.")] = None,
+    ready: Annotated[bool, typer.Option("--check", help="Only say what would run and what it could find.")] = False,
+    workers: Workers = 0,
+    ray: Ray = None,
+    out: OutAt = None,
+    store: StoreAt = None,
+    as_json: Json = False,
+) -> None:
+    """Compares recipes at an equal budget, over seeds: intervals, paired tests, costs, a finding."""
+    from temper import study as studies
+    from temper.papers import shipped
+
+    if name is None:
+        found = {f"{path.parent.name}.{path.stem}": studies.load(path) for path in sorted(shipped("studies").glob("*/*.yaml"))}
+        if as_json:
+            _print([{"study": word, "about": one.about, "claim": one.claim, "paper": one.paper} for word, one in found.items()])
+        else:
+            _table(["study", "about"], [[word, one.about] for word, one in found.items()])
+        return
+    made = studies.load(name, [shipped("studies")])
+    if ready:
+        found = studies.ready(made, studies.Ways(_store(store)))
+        if as_json:
+            _print(found)
+        else:
+            for key, value in found.items():
+                print(f"{key}: {value}")
+        return
+    folder = out or studies.out_of(made)
+    _tell_study(_conduct(made, folder, store, workers, ray, f"temper study {name}"), folder, as_json)
+
+
+@app.command()
+def compare(
+    file: Annotated[Path, typer.Argument(help="A study file: a recipe, what varies, what is measured.")],
+    workers: Workers = 0,
+    ray: Ray = None,
+    out: OutAt = None,
+    store: StoreAt = None,
+    as_json: Json = False,
+) -> None:
+    """The same as `study`, for a file of one's own."""
+    from temper import study as studies
+
+    made = studies.load(file)
+    folder = out or studies.out_of(made)
+    _tell_study(_conduct(made, folder, store, workers, ray, f"temper compare {file}"), folder, as_json)
+
+
+@app.command()
+def ablate(
+    method: MethodName,
+    ground: Annotated[Path | None, typer.Option("--study", help="A study whose recipe, measures and seeds are used.")] = None,
+    pairs: Annotated[bool, typer.Option("--pairs", help="Also every two parts together.")] = False,
+    workers: Workers = 0,
+    ray: Ray = None,
+    out: OutAt = None,
+    store: StoreAt = None,
+    as_json: Json = False,
+) -> None:
+    """Which part of a method earns its keep: each is replaced by the default in turn."""
+    from temper import study as studies
+    from temper.study import ablation, cards
+
+    engine, name = studies.method(method)
+    made = ablation.ablation(studies.load(ground or cards.ground(engine)), engine, name, pairs=pairs)
+    folder = out or studies.out_of(made)
+
+    def complete(done: Any) -> Any:
+        return dataclasses.replace(done.report, contributions=ablation.contributions(done.study, done.judged))
+
+    done = _conduct(made, folder, store, workers, ray, f"temper ablate {method}", complete)
+    _tell_study(done, folder, as_json)
+
+
+@app.command()
+def reproduce(
+    method: MethodName,
+    workers: Workers = 0,
+    ray: Ray = None,
+    at: Annotated[Path | None, typer.Option("--cards", help="The folder of cards (default: the one that comes with Temper).")] = None,
+    out: OutAt = None,
+    store: StoreAt = None,
+    as_json: Json = False,
+) -> None:
+    """Runs the study behind a method's card, and writes the card."""
+    from temper import study as studies
+    from temper.papers import shipped
+    from temper.study import cards
+
+    path = cards.find(method)
+    made, engine, name, folder = studies.load(path), path.parent.name, path.stem, at or shipped("cards")
+    where = out or studies.out_of(made)
+    done = _conduct(made, where, store, workers, ray, f"temper reproduce {engine}.{name}")
+    written = cards.save(cards.card(done, engine, name, cards.attempts(engine, name, folder)), folder)
+    _tell_study(done, where, as_json, card=str(written))
+    if not as_json:
+        print(f"  {'card':<16} {written}")
 
 
 # --------------------------------------------------------------------------------------------- data and artefacts

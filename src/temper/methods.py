@@ -22,14 +22,14 @@ def table(engine: str) -> tuple[list[str], list[list[str]]]:
     found = parts.methods(engine)
     questions = parts.slots(spec)
     changed = [name for name in questions if any(getattr(one, name) != questions[name].default for one in found.values())]
-    rows = [["(default)", *(_names(questions[name].default) for name in changed), ""]]
+    rows = [["(default)", *(names(questions[name].default) for name in changed), ""]]
     for name, one in found.items():
-        cells = ["·" if getattr(one, slot) == questions[slot].default else _names(getattr(one, slot)) for slot in changed]
+        cells = ["·" if getattr(one, slot) == questions[slot].default else names(getattr(one, slot)) for slot in changed]
         rows.append([name, *cells, one.paper])
     return ["method", *changed, "paper"], rows
 
 
-def _names(value: Any) -> str:
+def names(value: Any) -> str:
     """`lora(rank=8)`: a slot's parts with the settings that differ from their defaults."""
     if value is None:
         return "none"
@@ -63,29 +63,37 @@ def page(engine: str, name: str) -> str:
 
 def ready(engine: str, name: str) -> str:
     """A recipe that runs one method."""
-    module, shapes = parts.engine(engine), _shapes(engine, name)
+    module, (shapes, others) = parts.engine(engine), _takes(engine, name)
     lines = ["name: mine"]
     if "model" in module.INPUTS:
-        lines.append("model: house:lm        # or a folder, or a Hugging Face name")
+        first = "new" if module.INPUTS["model"].optional else "house:lm"
+        lines.append(f"model: {first:<15} # or a folder, or a Hugging Face name")
     if "data" in module.INPUTS:
         lines.append(
             "data: house:library    # or a file" if "text" in shapes else f"data: rows.jsonl       # rows of shape {' or '.join(shapes)}"
         )
-    return "\n".join([*lines, "steps:", f"  - {engine}: {{method: {name}, model: model, data: data}}"])
+    inputs = "".join(f", {role}: model" for role in others)
+    return "\n".join([*lines, "steps:", f"  - {engine}: {{method: {name}, model: model, data: data{inputs}}}"])
 
 
-def _shapes(engine: str, name: str) -> list[str]:
-    """The shapes of data that a method takes, with a plain model."""
-    module, spec, found = parts.engine(engine), parts.method(engine, name), []
+def _takes(engine: str, name: str) -> tuple[list[str], list[str]]:
+    """The shapes of data that a method takes, with a plain model; and the optional models without which it takes none."""
+    module, spec = parts.engine(engine), parts.method(engine, name)
     model = Passport("model", base=UNKNOWN, tokenizer=UNKNOWN, template=UNKNOWN, numbers="float32")
-    inputs = {role: [model] if takes.many else model for role, takes in module.INPUTS.items() if not takes.is_data}
-    for shape in module.INPUTS["data"].kinds if "data" in module.INPUTS else ():
-        try:
-            module.passport(spec, {**inputs, "data": Passport(shape)})
-        except Problem:
-            continue
-        found.append(shape)
-    return found
+    models = {role: [model] if takes.many else model for role, takes in module.INPUTS.items() if not takes.is_data}
+    others = [role for role in models if role != "model" and module.INPUTS[role].optional]
+    found: list[str] = []
+    for left_out in (others, []):
+        inputs = {role: one for role, one in models.items() if role not in left_out}
+        for shape in module.INPUTS["data"].kinds if "data" in module.INPUTS else ():
+            try:
+                module.passport(spec, {**inputs, "data": Passport(shape)})
+            except Problem:
+                continue
+            found.append(shape)
+        if found:
+            return found, [role for role in others if role not in left_out]
+    return found, []
 
 
 def all_methods(engine: str | None = None) -> dict[str, Any]:

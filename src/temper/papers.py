@@ -12,9 +12,10 @@ import functools
 import json
 import re
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from temper import parts
 from temper.parts import Problem
@@ -22,7 +23,7 @@ from temper.parts import Problem
 
 @dataclass(frozen=True)
 class Paper:
-    """A row of the catalogue."""
+    """A row of the catalogue, with what is built of it and what was found."""
 
     id: str
     title: str
@@ -37,7 +38,9 @@ class Paper:
     wave: int
     """When it is taken up: 1 first, 0 for foundations."""
     built: tuple[str, ...] = ()
-    """Methods that exist today: `quantize gptq`."""
+    """Methods and studies that exist today: `quantize gptq`, `study evaluate.sft-power-law`."""
+    verdict: str = ""
+    """What its card found; empty where there is none."""
 
 
 def papers(query: str | None = None, engine: str | None = None, built: bool | None = None) -> list[Paper]:
@@ -46,8 +49,8 @@ def papers(query: str | None = None, engine: str | None = None, built: bool | No
     query: words that all occur in id, short name, name or title, in any case. engine: only what lives there. built: only what
     exists today (True) or does not yet (False). Raises `Problem` where no paper lives in such an engine.
     """
-    methods = _built()
-    found = [dataclasses.replace(paper, built=methods.get(paper.id, ())) for paper in catalogue()]
+    methods, verdicts = _built(), _verdicts()
+    found = [dataclasses.replace(paper, built=methods.get(paper.id, ()), verdict=verdicts.get(paper.id, "")) for paper in catalogue()]
     if engine is not None:
         places = {parts.plain(paper.engine): paper.engine for paper in found}
         if parts.plain(engine) not in places:
@@ -103,14 +106,44 @@ def _bare(title: str) -> str:
 
 
 def _built() -> dict[str, tuple[str, ...]]:
-    """Paper id -> the methods that name it. A pointer that resolves to nothing is an error: the catalogue keeps its word."""
+    """Paper id -> the methods and studies that name it. A pointer that resolves to nothing is an error: the catalogue keeps its word."""
+    pointers = [(f"{engine} {name}", spec.paper) for engine in parts.engines() for name, spec in parts.methods(engine).items()]
+    pointers += [(f"study {path.parent.name}.{path.stem}", _paper(path)) for path in sorted(shipped("studies").glob("*/*.yaml"))]
     found: dict[str, tuple[str, ...]] = {}
-    for engine in parts.engines():
-        for name, spec in parts.methods(engine).items():
-            if spec.paper:
-                paper = resolve(spec.paper)
-                found[paper.id] = (*found.get(paper.id, ()), f"{engine} {name}")
+    for name, pointer in pointers:
+        if pointer:
+            paper = resolve(pointer)
+            found[paper.id] = (*found.get(paper.id, ()), name)
     return found
+
+
+@functools.cache
+def _paper(study: Path) -> str:
+    """The paper that a study file names."""
+    from ruamel.yaml import YAML
+
+    return str(YAML(typ="safe").load(study.read_text(encoding="utf8")).get("paper", ""))
+
+
+def shipped(name: str) -> Path:
+    """The folder `studies` or `cards` that comes with Temper: in the package, or in a checkout beside `src`."""
+    inside = Path(__file__).parent / name
+    return inside if inside.is_dir() else Path(__file__).parents[2] / name
+
+
+def cards(folder: Path | None = None) -> Iterator[dict[str, Any]]:
+    """All cards of a folder, by default those that come with Temper."""
+    for path in sorted((folder or shipped("cards")).glob("*/*.json")):
+        yield json.loads(path.read_text(encoding="utf8"))
+
+
+def _verdicts() -> dict[str, str]:
+    """Paper id -> its cards' verdicts."""
+    found: dict[str, list[str]] = {}
+    for card in cards():
+        if card["paper"]:
+            found.setdefault(resolve(card["paper"]).id, []).append(card["verdict"])
+    return {paper: ", ".join(dict.fromkeys(verdicts)) for paper, verdicts in found.items()}
 
 
 def _score(paper: Paper, words: Iterable[str]) -> float:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from temper import keys, parts, report
 from temper.machine import machine
-from temper.passport import Figure
+from temper.passport import Figure, whose
 from temper.store import RECORD
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ def _stages(result: Result) -> list[Any]:
             continue
         label = made.step.name
         for name, figure in made.artefact.figures.items():
-            stage, _, metric = name.rpartition(".")
+            stage, metric = whose(name)
             if stage in result.made:
                 found.setdefault(stage, {})[f"{label} {metric}"] = figure
     stages = []

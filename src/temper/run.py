@@ -80,8 +80,12 @@ def run(
     say: Callable[[str], None] = lambda text: None,
     began: Callable[[Step, int, int], None] = lambda step, index, count: None,
     ended: Callable[[Made], None] = lambda made: None,
+    apart: Mapping[str, str] | None = None,
 ) -> Result:
-    """Runs a plan's steps in order. `out`: where reports, exported folders and trackers' files go; None for none of them.
+    """Runs a plan's steps in order.
+
+    out: where reports, exported folders and trackers' files go; None for none of them. apart: steps whose artefacts count for one purpose
+    alone, and its name: what was made for another, or none, is not taken.
 
     Raises `Problem` for a request that cannot be met, `Failed` where a step's work broke.
     """
@@ -112,6 +116,8 @@ def run(
             try:
                 inputs = gather(step, by_index, store)
                 wanted = ingredients(step, inputs)
+                if apart and step.name in apart:
+                    wanted["apart"] = apart[step.name]
                 key = keys.key(wanted)
                 entry = {"name": step.name, "engine": step.engine, "key": key, "status": "running"}
                 log["steps"].append(entry)

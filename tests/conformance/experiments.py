@@ -6,6 +6,7 @@ lists and dicts, and depends on the part alone.
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from typing import Any
 
@@ -17,6 +18,8 @@ from world import run as run_engine
 from temper import parts
 from temper.align.scores import compare
 from temper.evaluate.engine import Evaluate
+from temper.evaluate.fit import Fitting
+from temper.evaluate.records import Sums, ratio
 from temper.evaluate.subject import Subject
 from temper.models import io
 from temper.models.deltas import attach
@@ -26,7 +29,9 @@ from temper.models.grids import Integer, ranges
 from temper.quantize.engine import Quantize
 from temper.quantize.layer import Layer
 from temper.quantize.range import MinMax
+from temper.study.significance import Evidence
 from temper.tasks.files import HUB
+from temper.tasks.rows import Rows
 from temper.train.batching import Batch
 from temper.train.examples import encode
 from temper.train.objectives import Causal, Sum
@@ -240,15 +245,54 @@ def responses(live: Any, world: World) -> Any:
 
 
 def metric(live: Any, world: World) -> Any:
-    spec = Evaluate(answer=2)
-    tables = live(Subject("base", world.fresh(), world.tokenizer, world.given("completion"), spec, world.context(), "0"))
-    estimates = {one.name: float(one.statistic(one.terms.sum(0))) for table in tables for one in table.estimates}
+    """Figures of a model that an adapter was put on, beside the model itself; of questions with choices, the right one's place shifting."""
+    spec, context, given = Evaluate(answer=2), world.context(), world.given("completion")
+    others = [" no", " perhaps it is so"]
+    posed = [{**row, "choices": [*others[: n % 3], row["completion"], *others[n % 3 :]]} for n, row in enumerate(given.rows)]
+    posed = [{**row, "answer": n % 3, "answers": [f"The  {row['completion']}."]} for n, row in enumerate(posed)]
+    rows = dataclasses.replace(given, rows=posed)
+    reference = Subject("base", world.fresh(), world.tokenizer, rows, spec, context, "reference")
+    tables = live(Subject("adapter", io.load_model(world.adapter, device=DEVICE), world.tokenizer, rows, spec, context, "0", reference))
+    estimates = {
+        one.name: float(one.statistic(one.terms.sum(0))) for table in tables for one in live.part.estimates(table.name, table.records)
+    }
     return {"estimates": estimates, "reliability": [table.reliability for table in tables]}
 
 
 def resample(live: Any, world: World) -> Any:
     sums = numpy.stack([numpy.arange(12.0), numpy.ones(12)], axis=1)
     return live(sums, lambda totals: totals[..., 0] / totals[..., 1])
+
+
+def perturb(live: Any, world: World) -> Any:
+    return live(world.given("completion")).rows
+
+
+def slicing(live: Any, world: World) -> Any:
+    """Labels of rows of three tasks, two kinds and many lengths."""
+    rows = world.given("completion")
+    labelled = [{**row, "task": f"t{n % 3}", "kind": f"k{n % 2}"} for n, row in enumerate(rows.rows)]
+    return live(dataclasses.replace(rows, rows=labelled))
+
+
+def probe(live: Any, world: World) -> Any:
+    rows = Rows("text", [{"text": text, "task": n % 2, "kind": n % 3} for n, text in enumerate(TEXTS)], "texts", "here")
+    (table,) = live(Subject("base", world.fresh(), world.tokenizer, rows, Evaluate(), world.context(), "0"))
+    return {"row": table.records["row"].tolist(), "correct": table.records["correct"].tolist()}
+
+
+def fit(live: Any, world: World) -> Any:
+    """Six models that got better with their size, some noise beside."""
+    rng = numpy.random.default_rng(0)
+    models = []
+    for index in range(6):
+        size = 1000.0 * 2**index
+        made = {"nats_per_token": 2 + 30 * size**-0.5, "accuracy": 0.8 - 9 * size**-0.6, "other": 0.7 - 5 * size**-0.5}
+        noisy = {name: numpy.stack([value + 0.01 * rng.normal(size=20), numpy.ones(20)], 1) for name, value in made.items()}
+        sums = {name: Sums(numpy.arange(20), one, ratio, "", "lower") for name, one in noisy.items()}
+        models.append(Fitting(f"m{index}", {"parameters": size, "tokens": 10 * size + index, "updates": size**0.5}, sums))
+    found = live(models)
+    return {"figures": {name: one.dump() for name, one in found.figures.items()}, "tables": found.tables}
 
 
 # ------------------------------------------------------------------------------------------------------------ data
@@ -267,6 +311,27 @@ def task(live: Any, world: World) -> Any:
     return rows
 
 
+# --------------------------------------------------------------------------------------------------------- studies
+
+
+def within(live: Any, world: World) -> Any:
+    return [live(share / 20) for share in range(21)]
+
+
+def search(live: Any, world: World) -> Any:
+    """What is tried of eight settings, the sixth best, one of which breaks."""
+    return [dataclasses.astuple(one)[:3] for one in live(8, lambda wanted: [abs(n - 5.0) if n != 7 else float("nan") for n, _ in wanted])]
+
+
+def significance(live: Any, world: World) -> Any:
+    """Ten seeds, and thirty examples that two models get right or wrong."""
+    rng = numpy.random.default_rng(0)
+    seeds, right = rng.normal(0.5, 1, 10), rng.random((2, 30)) < [[0.7], [0.5]]
+    values = rng.normal(0.5, 0.3, 5000)
+    evidence = Evidence(0.5, lambda samples: values[:samples], seeds, (right[0].astype(float), right[1].astype(float)))
+    return dataclasses.astuple(live(evidence, 0.0, 0.9))
+
+
 # ------------------------------------------------------------------------------------------------------ in general
 
 
@@ -274,5 +339,9 @@ class Tried(parts.LiveSlot):
     """A slot with one part in it. `part`: the part itself."""
 
     def __init__(self, question: parts.Question, part: Any, world: World):
-        super().__init__("tried", part, question, world.context().at("tried"))
+        context = world.context()
+        if "reference" in parts.mark_of(part).needs:
+            given = world.given("completion")
+            context.give("reference", Subject("reference", world.fresh(), world.tokenizer, given, Evaluate(), context, "reference"))
+        super().__init__("tried", part, question, context.at("tried"))
         self.part = part

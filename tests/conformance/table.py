@@ -207,6 +207,21 @@ SLOTS: dict[str, Slot] = {
                 },
                 {"source": {"file": {"path": "text.jsonl", "holdout": 0.25}}, "count": 10, "test_count": 5, "holdout": 0.2},
             ),
+            "cloze": Row(
+                {
+                    "source": {"file": {"path": "text.jsonl", "holdout": 0.5}},
+                    "count": 12,
+                    "test_count": 6,
+                    "choices": 3,
+                    "context": 30,
+                    "seed": 1,
+                },
+                {"source": {"file": {"path": "text.jsonl", "holdout": 0.25}}, "count": 10, "test_count": 5, "choices": 4, "context": 40},
+            ),
+            "halves": Row(
+                {"source": {"file": {"path": "other.jsonl"}}, "split": 1, "swapped": True},
+                {"source": {"file": {"path": "text.jsonl", "holdout": 0.25}}},
+            ),
         },
         differs=("rows", "digest"),
     ),
@@ -220,6 +235,7 @@ SLOTS: dict[str, Slot] = {
             "reverse-words": Row({"shortest": 2, "longest": 6, "words": ["a", "b", "c", "d", "e", "f"]}, {"shortest": 3, "longest": 5}),
             "arithmetic": Row({"digits": 3, "operation": "-", "working": True}),
             "brackets": Row({"shortest": 2, "longest": 16, "kinds": 1, "depth": 2}),
+            "instructions": Row({"skills": ["sort", "add"], "marks": 1, "shortest": 2, "longest": 9, "alphabet": "xyz"}),
         },
     ),
     # ------------------------------------------------------------------------------------------------- pretrain
@@ -307,9 +323,76 @@ SLOTS: dict[str, Slot] = {
     # ------------------------------------------------------------------------------------------------- evaluate
     "temper.evaluate.metric": Slot(
         experiments.metric,
-        {"perplexity": FIXED, "accuracy": FIXED, "calibration": Row({"of": "answers", "bins": 3})},
+        {
+            "perplexity": FIXED,
+            "forgetting": FIXED,
+            "agreement": Row({"of": "choices"}),
+            "accuracy": FIXED,
+            "exact-match": Row({"normalise": "space"}),
+            "token-edit": FIXED,
+            "format": FIXED,
+            "pass-until": Row({"successes": 4, "budget": 3, "temperature": 0.7}, {"successes": 3, "budget": 6, "temperature": 0.4}),
+            "choice": Row({"bins": 3}),
+            "calibration": Row({"of": "answers", "bins": 3}),
+            "lm-eval": Row({"tasks": ["reading.yaml"], "limit": 3, "shots": 1}, {"tasks": ["choosing.yaml"]}),
+        },
+    ),
+    "temper.evaluate.perturb": Slot(
+        experiments.perturb,
+        {"typos": Row({"rate": 0.5, "kinds": ["drop"]}, {"rate": 0.2}), "cut": Row({"keep": 0.8, "lost": "end"})},
+    ),
+    "temper.evaluate.slice": Slot(
+        experiments.slicing,
+        {"field": Row({"key": "kind", "most": 1}), "length": Row({"bins": 2, "edges": [15]}), "confidence": Row({"bins": 2})},
+    ),
+    "temper.evaluate.probe": Slot(
+        experiments.probe,
+        {"linear": Row({"key": "kind", "state": "last", "strength": 10.0, "folds": 3})},
+    ),
+    "temper.evaluate.fit": Slot(
+        experiments.fit,
+        {
+            "law": Row(
+                {"form": "log-law", "x": "tokens", "y": "other", "predict": "last", "samples": 50, "level": 0.5, "name": "other"},
+                {"samples": 100},
+            ),
+            "learning-curve": Row(
+                {
+                    "x": "updates",
+                    "y": "other",
+                    "threshold": 1e-9,
+                    "lowest": 0.95,
+                    "highest": 0.5,
+                    "predict": 1e6,
+                    "samples": 50,
+                    "level": 0.5,
+                    "name": "other",
+                },
+                {"samples": 100, "threshold": 0.05},
+            ),
+        },
     ),
     "temper.evaluate.resample": Slot(experiments.resample, {"bootstrap": Row({"samples": 10, "level": 0.5})}),
+    # -------------------------------------------------------------------------------------------------- studies
+    "temper.study.ranges": Slot(
+        experiments.within,
+        {
+            "uniform": Row({"low": 0.5, "high": 9.0}, {"low": 1.0, "high": 3.0}),
+            "log": Row({"low": 0.5, "high": 9.0}, {"low": 1.0, "high": 3.0}),
+            "choice": Row({"values": [1, 2, "c"]}, {"values": ["a", "b"]}),
+        },
+    ),
+    "temper.study.search": Slot(experiments.search, {"random": FIXED, "halving": Row({"first": 0.5, "keep": 4})}),
+    "temper.study.significance": Slot(
+        experiments.significance,
+        {
+            "multi-bootstrap": Row({"samples": 50}),
+            "paired-t": FIXED,
+            "wilcoxon": FIXED,
+            "mcnemar": Row({"mid_p": False}),
+            "5x2": FIXED,
+        },
+    ),
 }
 
 NOTHING = ()
@@ -317,6 +400,8 @@ LEARNING = {
     "epochs": Change(2.0, beside={"updates": "none"}),
     "updates": 3,
     "tokens": Change(400, beside={"updates": "none"}),
+    "flops": Change(1.0, beside={"updates": "none"}),
+    "seconds": Change(0.001, beside={"updates": "none"}),
     "max_length": 12,
     "clip": 0.01,
     "precision": "bf16",
@@ -347,6 +432,7 @@ SAMPLES = {"samples": {"count": 3, "length": 16}}
 CURVED = {"objective": "layer-output", "solver": "gptq", "calibrate": SAMPLES}
 ATTEMPTS = {"attempts": {"count": 4, "max_new_tokens": 4, "prompts": 6, "gold": True}}
 ASKED = {"data": "completion"}
+COMPARED = {"model": "adapter", "reference": "model"}
 
 ENGINES: dict[str, Engine] = {
     "pretrain": Engine(
@@ -422,6 +508,10 @@ ENGINES: dict[str, Engine] = {
         small={"split": "train", "answer": 2, "resample": {"bootstrap": {"samples": 40}}},
         fields={
             "metric": "accuracy",
+            "probe": {"linear": {"key": "kind", "folds": 2}},
+            "perturb": {"cut": {"keep": 0.5}},
+            "slice": {"length": {"bins": 2}},
+            "fit": Change({"law": {"samples": 20}}, inputs={"model": "series"}),
             "resample": "none",
             "split": "test",
             "limit": 4,
@@ -430,7 +520,14 @@ ENGINES: dict[str, Engine] = {
             "batch": Change(40, NOTHING),
             "precision": "bfloat16",
         },
-        methods={name: Method() for name in ("perplexity", "accuracy", "calibration", "language", "answers")},
+        methods={
+            **{name: Method() for name in ("perplexity", "accuracy", "calibration", "language", "answers", "exact-match")},
+            "emergence-mirage": Method(),
+            **{name: Method(inputs=COMPARED) for name in ("forgetting", "agreement")},
+            "pass-until": Method(small={"metric": {"pass-until": {"successes": 2, "budget": 4}}}),
+            "choice": Method(inputs={"data": "choices"}),
+            "quantised-confidence": Method(inputs={**COMPARED, "data": "choices"}),
+        },
         differs=("figures",),
     ),
 }

@@ -100,7 +100,9 @@ def placed(raw: Any, world: World) -> Any:
     """Settings with their paths inside the world's folder."""
     if isinstance(raw, dict):
         return {key: placed(value, world) for key, value in raw.items()}
-    return str(world.folder / raw) if isinstance(raw, str) and (raw.endswith(".jsonl") or raw == "splits") else raw
+    if isinstance(raw, list):
+        return [placed(value, world) for value in raw]
+    return str(world.folder / raw) if isinstance(raw, str) and (raw.endswith((".jsonl", ".yaml")) or raw == "splits") else raw
 
 
 def made(slot: str, name: str, world: World, settings: Mapping[str, Any] = {}) -> Any:

@@ -53,6 +53,18 @@ def shortest(row, responses):
 """
 
 
+_TASK = """dataset_path: json
+dataset_kwargs: {{data_files: {{test: {file}}}}}
+test_split: test
+doc_to_text: "{{{{prompt}}}}"
+"""
+LM_EVAL = {
+    "choosing": f'{_TASK}output_type: multiple_choice\ndoc_to_choice: "{{{{{{{{choices}}}}}}}}"\ndoc_to_target: answer\n',
+    "reading": f'{_TASK}output_type: loglikelihood\ndoc_to_target: "{{{{{{{{completion}}}}}}}}"\n',
+}
+"""Tasks of lm-eval over the world's rows with choices."""
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class World:
     """Where experiments take place. Everything that lies on disk is under `folder`. outcomes: of experiments and runs, each made once."""
@@ -96,6 +108,15 @@ class World:
         return self._artefact("base", lambda folder: io.save_model(made, self.tokenizer, folder))
 
     @functools.cached_property
+    def series(self) -> list[Artefact]:
+        """Three models, each larger than the one before."""
+        made = []
+        for seed, hidden in enumerate((8, 16, 32)):
+            one = Llama(hidden=hidden, layers=1, heads=2, feed_forward=2 * hidden, positions=96, deviation=0.3)(self.tokenizer, seed)
+            made.append(self._artefact(f"wide-{hidden}", lambda folder, one=one: io.save_model(one, self.tokenizer, folder)))
+        return made
+
+    @functools.cached_property
     def adapter(self) -> Artefact:
         """An adapter that says something: its second factor is not zero."""
         made = attach(self.fresh(), None, Lora(), Default(), seed=2)
@@ -127,9 +148,11 @@ class World:
         tokens = [self.tokenizer(one)["input_ids"] for one in asked]
         said = [self.tokenizer.decode(one.tokens) for one in sample(self.fresh(), tokens, max_new_tokens=2, temperature=0, stop=())]
         answers = [text if n % 2 and text.strip() else f"{n} first" for n, text in enumerate(said)]
+        completions = [{"prompt": ask, "completion": answer, "kind": n % 2} for n, (ask, answer) in enumerate(zip(asked, answers))]
         return {
             "text": [{"text": text} for text in TEXTS],
-            "completion": [{"prompt": ask, "completion": answer} for ask, answer in zip(asked, answers)],
+            "completion": completions,
+            "choices": [{**row, "choices": [row["completion"], f" no {n}"], "answer": 0} for n, row in enumerate(completions)],
             "preference": [{"prompt": ask, "chosen": f"{n} {n + 1}", "rejected": "no " * (1 + n % 4)} for n, ask in enumerate(asked)],
         }
 
@@ -141,6 +164,8 @@ class World:
             file = self.folder / f"{shape}.jsonl"
             file.write_text("".join(json.dumps(row) + "\n" for row in rows))
             made[shape] = File(path=str(file), holdout=0.25)
+        for name, task in LM_EVAL.items():
+            (self.folder / f"{name}.yaml").write_text(f"task: {name}\n{task.format(file=self.folder / 'choices.jsonl')}")
         return made
 
     def given(self, shape: str) -> Rows:
@@ -171,7 +196,7 @@ def run(world: World, engine: str, spec: Any, inputs: Mapping[str, str], seed: i
     for role, word in inputs.items():
         takes = module.INPUTS[role]
         value = world.sources[word] if takes.is_data else getattr(world, word)
-        given[role] = [value] if takes.many else value
+        given[role] = [value] if takes.many and not isinstance(value, list) else value
     promised = module.passport(spec, passports(given))
     output = module.run(spec, Inputs(given), context)
     files = {file.relative_to(context.out).as_posix(): file for file in sorted(context.out.rglob("*")) if file.is_file()}

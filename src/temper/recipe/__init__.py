@@ -19,12 +19,14 @@ from pathlib import Path
 from typing import Any
 
 from temper.parts import Problem, nearest, shown
-from temper.recipe.editing import change, no_tags
+from temper.recipe.editing import assign, change, no_tags
 from temper.recipe.places import Located, Place
 from temper.recipe.plans import Condition, FromStep, Outside, Plan, Step
 from temper.recipe.reader import Reader
 from temper.recipe.schemas import schema, schema_text
 
+Changes = Sequence[tuple[str, Any]]
+"""`step.setting.more`, or a key of the recipe, and its value."""
 SHIPPED = Path(__file__).parents[1] / "recipes"
 """Recipes that come with Temper, house models' among them."""
 
@@ -45,12 +47,17 @@ def load(path: str | Path, sets: Sequence[str] = ()) -> Plan:
 
 def read(text: str, file: str = "recipe.yaml", folder: Path = Path(), sets: Sequence[str] = ()) -> Plan:
     """A plan from YAML text; paths in it are relative to `folder`."""
+    return plan(parsed(text, file), file, folder, sets, text)
+
+
+def parsed(text: str, file: str) -> Any:
+    """YAML text as mappings that know their lines. Raises `Problem` with file, line and column."""
     from ruamel.yaml import YAML
     from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
     yaml = YAML(typ="rt")  # the round-trip loader builds no objects, and knows lines
     try:
-        raw = yaml.load(text)
+        return yaml.load(text)
     except MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         at = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
@@ -60,7 +67,6 @@ def read(text: str, file: str = "recipe.yaml", folder: Path = Path(), sets: Sequ
         raise Located(f"{file}{at}: {what}") from error
     except YAMLError as error:
         raise Located(f"{file}: {error}") from error
-    return plan(raw, file, folder, sets, text)
 
 
 def recipe(steps: Sequence[Any], *, folder: str | Path = ".", **top: Any) -> Plan:
@@ -68,15 +74,15 @@ def recipe(steps: Sequence[Any], *, folder: str | Path = ".", **top: Any) -> Pla
     return plan({"name": "recipe", **top, "steps": list(steps)}, "recipe", Path(folder))
 
 
-def plan(raw: Any, file: str, folder: Path, sets: Sequence[str] = (), text: str = "") -> Plan:
-    """Checks a recipe's mapping and unrolls it."""
+def plan(raw: Any, file: str, folder: Path, sets: Sequence[str] = (), text: str = "", changes: Changes = (), by: str = "--set") -> Plan:
+    """Checks a recipe's mapping and unrolls it. sets, changes: what is put in first, as texts or as keys and values; by: who does so."""
     if not isinstance(raw, Mapping):
         raise Located(f"{file}:1:1: a recipe is a mapping with `steps:`; this is {shown(raw)}")
     place = Place(file, raw)
     try:
         no_tags(raw)
-        changed = tuple(change(raw, one) for one in sets)
-        place = replace(place, changed=changed)
+        changed = [change(raw, one) for one in sets] + [assign(raw, key, value) for key, value in changes]
+        place = replace(place, changed=tuple(changed), by=by)
         return Reader(raw, file, folder, place, text).read()
     except Problem as problem:
         raise place.locate(problem) from problem
@@ -102,6 +108,7 @@ __all__ = [
     "Step",
     "house",
     "load",
+    "parsed",
     "plan",
     "read",
     "recipe",

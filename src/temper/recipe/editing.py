@@ -32,15 +32,22 @@ def change(raw: Any, one: str) -> tuple[str | int, ...]:
     from ruamel.yaml import YAML
 
     key, equals, value = one.partition("=")
-    words = key.strip().split(".")
-    if not equals or not all(words):
+    if not equals or not all(key.strip().split(".")):
         raise Located(f"--set: {shown(one)}: write step.key=value, or key=value for the recipe's own keys")
-    new = YAML(typ="safe").load(value)
+    try:
+        return assign(raw, key.strip(), YAML(typ="safe").load(value))
+    except Problem as problem:
+        raise Located(f"--set: {problem}") from problem
+
+
+def assign(raw: Any, key: str, value: Any) -> tuple[str | int, ...]:
+    """Puts a value where `key` says: `step.setting.more`, or a key of the recipe. Returns its path. Raises `Problem`."""
+    words = key.split(".")
     node: Any = raw
     path: list[str | int] = []
     if len(words) == 1 or words[0] in TOP:
         if words[0] not in TOP:
-            raise Located(f"--set: no key `{words[0]}` in a recipe{nearest(words[0], TOP)}")
+            raise Problem(f"no key `{words[0]}` in a recipe{nearest(words[0], TOP)}")
     else:
         names: dict[str, Any] = {}
         for where, entry in entries(raw.get("steps") or [], ("steps",)):
@@ -49,7 +56,7 @@ def change(raw: Any, one: str) -> tuple[str | int, ...]:
             names[str(body.get("name", engine)) if isinstance(body, Mapping) else str(engine)] = (where, engine)
         found = next((name for name in names if plain(name) == plain(words[0])), None)
         if found is None:
-            raise Located(f"--set: no step `{words[0]}`{nearest(words[0], names)}")
+            raise Problem(f"no step `{words[0]}`{nearest(words[0], names)}")
         where, engine = names[found]
         parent: Any = raw
         for step in where[:-1]:
@@ -63,7 +70,7 @@ def change(raw: Any, one: str) -> tuple[str | int, ...]:
         if not isinstance(node.get(word), Mapping):
             node[word] = {}
         node, path = node[word], [*path, word]
-    node[words[-1]] = new
+    node[words[-1]] = value
     return (*path, words[-1])
 
 

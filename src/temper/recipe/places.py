@@ -14,11 +14,12 @@ BLOCKS = ("repeat", "each")
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """Turns a trail of keys into file, line and column."""
+    """Turns a trail of keys into file, line and column. changed: paths whose values `by` put there, not the file."""
 
     file: str
     raw: Any
     changed: tuple[tuple[str | int, ...], ...] = ()
+    by: str = "--set"
 
     def locate(self, problem: Problem, step: str = "") -> Problem:
         found = [
@@ -34,7 +35,7 @@ class Place:
         at = ".".join(map(str, words))
         line = self._line(problem.path)
         changed = any(problem.path[: len(one)] == one for one in self.changed)
-        source = "--set" if changed else f"{self.file}:{line}" if line else self.file
+        source = self.by if changed else f"{self.file}:{line}" if line else self.file
         return f"{source}: {where}{f'`{at}`: ' if at else ''}{problem.text}"
 
     def _step(self, path: Sequence[str | int]) -> str:

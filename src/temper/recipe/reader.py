@@ -223,7 +223,7 @@ class Reader(References):
         alike = [i for i, step in enumerate(self.steps) if step.path == path and unturned(step.name) == name]
         earlier = alike[-1] if turn > 1 else None
         full = f"{name}#{turn}" if turn > 1 else name
-        files = (*self.scope.files, *_functions(spec))
+        files = (*self.scope.files, *_files(spec))
         self.steps.append(Step(full, engine, str(method or ""), spec, inputs, seed, path, earlier, loop, None, files, about, aim))
 
     def _called(self, engine: str, body: Mapping[str, Any], path: tuple[str | int, ...], branch: str) -> str:
@@ -280,7 +280,8 @@ def _aim(body: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(aim)
 
 
-def _functions(spec: Any) -> set[Path]:
-    """The files of users' functions that stand in a spec's slots."""
+def _files(spec: Any) -> set[Path]:
+    """The files of users' functions that stand in a spec's slots, and those that its parts name as their `files`."""
     held = [one for name in parts.slots(spec) for one in parts.held(getattr(spec, name))]
-    return {Path(one.source.rpartition(":")[0]) for one in held if isinstance(one, parts.Function)}
+    functions = {Path(one.source.rpartition(":")[0]) for one in held if isinstance(one, parts.Function)}
+    return functions.union(*(getattr(one, "files", ()) for one in held))

@@ -1,0 +1,170 @@
+"""From a study's runs to numbers with uncertainty: one bootstrap of all arms together, over seeds and examples."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from temper.evaluate import records
+from temper.lazy import numpy
+from temper.parts import Problem
+from temper.passport import Figure
+from temper.statistics import bootstrap, fits
+from temper.store import Store
+from temper.study.reading import Fit, Study, fitted
+from temper.study.running import Cell
+from temper.study.significance import Evidence
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Measured:
+    """One figure of one arm at all seeds; `arm.data` is the same word where the examples are the same, `SEEDS` where there are none."""
+
+    arm: bootstrap.Arm
+    values: numpy.ndarray
+    unit: str
+    better: str | None
+
+
+SEEDS = "seeds alone"
+Key = tuple[str, str]
+"""An arm's name and the name of a figure that is measured."""
+
+
+class Data:
+    """All that a study measured. cells: arm -> its runs, in the order of the seeds."""
+
+    def __init__(self, study: Study, cells: Mapping[str, Sequence[Cell]], store: Store, seed: int = 0):
+        self.study, self.cells, self._seed = study, cells, seed
+        self.measured = {
+            (arm, name): _measured(study, arm, name, figure, some, store)
+            for arm, some in cells.items()
+            for name, figure in study.measure.items()
+        }
+
+    def figure(self, arm: str, name: str) -> Figure:
+        """A figure over seeds and examples, with its interval at the finding's level."""
+        one = self.measured[arm, name]
+        level = self.study.finding.level
+        low, high = bootstrap.interval(self.draws(_SAMPLES)[arm, name], level) if one.arm.sums.shape[:2] != (1, 1) else (None, None)
+        return Figure(float(one.values.mean()), low, high, one.arm.sums.shape[1], one.unit, one.better)
+
+    @functools.cache  # noqa: B019 as long-lived as the object
+    def draws(self, samples: int) -> Mapping[Key, numpy.ndarray]:
+        """Every figure over resampled seeds and examples, [samples]: one draw of seeds for all."""
+        found = bootstrap.multi_bootstrap([one.arm for one in self.measured.values()], samples=samples, seed=self._seed)
+        return dict(zip(self.measured, found.values.T, strict=True))
+
+    def sum(self, weights: Mapping[Key, float]) -> Evidence:
+        """The evidence on a sum of figures with weights."""
+        terms = [(self.measured[key], weight) for key, weight in weights.items()]
+        by_seed = sum(weight * one.values for one, weight in terms)
+        pair = None
+        if len(terms) == 2 and [weight for _, weight in terms] in ([1, -1], [-1, 1]):
+            first, second = (one for one, _ in terms)
+            if first.arm.data == second.arm.data and len(first.values) == 1 and first.arm.sums.shape[1] > 1:
+                each = [one.arm.statistic(one.arm.sums[0]) for one in (first, second)]
+                pair = (each[0], each[1]) if terms[0][1] > 0 else (each[1], each[0])
+
+        def draws(samples: int) -> numpy.ndarray:
+            found = self.draws(samples)
+            return numpy.sum([weight * found[key] for key, weight in weights.items()], axis=0)
+
+        return Evidence(float(numpy.mean(by_seed)), draws, numpy.asarray(by_seed), pair)
+
+    def points(self, fit: Fit) -> tuple[list[str], numpy.ndarray, str]:
+        """The arms that lie on a law, their x [A], and the figure that is y."""
+        arms = fitted(fit, self.study)
+        y = fit.y or next(iter(self.study.measure))
+        if fit.x in arms[0].at:
+            x = [float(arm.at[fit.x]) for arm in arms]
+        elif fit.x in self.study.measure:
+            x = [float(self.measured[arm.name, fit.x].values.mean()) for arm in arms]
+        else:
+            x = [self._cost(arm.name, fit.x) for arm in arms]
+        return [arm.name for arm in arms], numpy.array(x), y
+
+    def _cost(self, arm: str, name: str) -> float:
+        from temper.study.budgets import own, spent
+
+        runs = {one: some[0].steps for one, some in self.cells.items()}
+        found = spent(runs[arm], own(runs)[arm])
+        if name not in found:
+            raise Problem(f"`{name}` is no axis of the grid, no figure that is measured and no cost: {', '.join(found)}", ("fit", "x"))
+        return found[name]
+
+    def law(self, fit: Fit) -> Law:
+        """A fit to the arms' figures, and to those of every draw."""
+        arms, x, y = self.points(fit)
+        keep = numpy.array([fit.predict is None or not numpy.isclose(at, fit.predict) for at in x])
+        if fit.predict is not None and keep.all():
+            raise Problem(f"predict {fit.predict:g}: no arm lies there; x are {', '.join(f'{one:g}' for one in x)}", ("fit", "predict"))
+        value = numpy.array([self.measured[arm, y].values.mean() for arm in arms])
+        found = self.draws(_SAMPLES)
+        drawn = numpy.stack([found[arm, y] for arm in arms], axis=1)
+        point, cloud = fits.fit(fit.law, x[keep], value[keep]), fits.fit(fit.law, x[keep], drawn[:, keep])
+        return Law(fit, arms, x, y, keep, value, drawn, point, cloud)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Law:
+    """A fitted law. keep: which arms it was fitted to, bool [A]. value, drawn: their y, [A] and [B, A]. point, cloud: the fits to these."""
+
+    fit: Fit
+    arms: list[str]
+    x: numpy.ndarray
+    y: str
+    keep: numpy.ndarray
+    value: numpy.ndarray
+    drawn: numpy.ndarray
+    point: Any
+    cloud: Any
+
+    def evidence(self, parameter: str) -> Evidence:
+        """On a parameter of the law, or on `error`: how far off the prediction of the arm left out is, relative."""
+        if parameter == "error":
+            if self.keep.all():
+                raise Problem("nothing is predicted; give the fit `predict:`, an x whose arm is left out")
+            at = self.x[~self.keep]
+            off, cloud = (
+                numpy.abs(one.predict(at)[..., 0] / true[..., ~self.keep][..., 0] - 1)
+                for one, true in ((self.point, self.value), (self.cloud, self.drawn))
+            )
+            return Evidence(float(off), lambda samples: numpy.asarray(cloud))
+        if parameter not in self.point.parameters:
+            raise Problem(f"the law has no parameter `{parameter}`; it has {', '.join([*self.point.parameters, 'error'])}", ("quantity",))
+        return Evidence(float(self.point.parameters[parameter]), lambda samples: numpy.asarray(self.cloud.parameters[parameter]))
+
+
+_SAMPLES = 2000
+
+
+def _measured(study: Study, arm: str, name: str, figure: str, cells: Sequence[Cell], store: Store) -> Measured:
+    """A figure at every seed: with its examples where an evaluation kept their records and they are the same at all seeds."""
+    values = numpy.array([cell.figures[figure].value for cell in cells])
+    like = cells[0].figures[figure]
+    step, _, rest = figure.partition(".")
+    found = [_sums(study, arm, cell, step, rest, store) for cell in cells]
+    if all(one is not None for one in found):
+        sums = [one for one in found if one is not None]
+        if all(one[1] == sums[0][1] for one in sums):
+            stacked = numpy.stack([one[0].sums for one in sums])
+            return Measured(bootstrap.Arm(stacked, sums[0][0].statistic, sums[0][1]), values, like.unit, like.better)
+    return Measured(bootstrap.Arm(values[:, None, None], lambda totals: totals[..., 0], SEEDS), values, like.unit, like.better)
+
+
+def _sums(study: Study, arm: str, cell: Cell, step: str, figure: str, store: Store) -> tuple[Any, str] | None:
+    """What a run's evaluation summed for a figure, and a word for its examples; None for figures without records."""
+    name = next(one for one in cell.steps if one.lower() == step.lower())
+    made = cell.steps[name]
+    if made.engine != "evaluate":
+        return None
+    artefact = store.get(made.key)
+    spec = study.plan(study.arm(arm), cell.job.seed, cell.job.changes).step(name).spec
+    one = records.read(artefact.path, spec).get(figure)
+    if one is None:
+        return None
+    data = store.record(made.key)["ingredients"]["inputs"]["data"]
+    return one, f"{data} {hash(one.units.tobytes())}"
