@@ -13,7 +13,7 @@ from typing import Any
 from mkdocs.structure.files import File, Files
 
 from temper import methods, parts
-from temper.papers import papers
+from temper.papers import cards, papers
 
 
 def on_config(config: Any) -> Any:
@@ -34,6 +34,17 @@ def on_files(files: Files, config: Any) -> Files:
     for name, text in pages.items():
         files.append(File.generated(config, name, content=text))
     return files
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """Puts the cards where a page asks for them."""
+    return markdown.replace("<!-- cards -->", _cards()) if "<!-- cards -->" in markdown else markdown
+
+
+def _cards() -> str:
+    told = ("claim", "verdict", "finding")
+    rows = [[f"{one['engine']}.{one['method']}", *(one[key] for key in told), len(one["attempts"])] for one in cards()]
+    return _table(["card", "the paper's claim", "verdict", "finding", "attempts"], rows)
 
 
 def _cell(text: object) -> str:
