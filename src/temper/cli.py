@@ -312,11 +312,13 @@ def _conduct(study: Any, out: Path, store_at: Path | None, workers: int, ray: st
     from temper.report.study import write
     from temper.study import Ways, conduct
 
+    called = {figure: name for name, figure in study.measure.items()}
     with Display(sys.stderr) as display:
 
         def told(cell: Any, done: int, count: int) -> None:
             seconds = sum(step.costs["seconds"] for step in cell.steps.values() if step.made)
-            figures = " · ".join(f"{name.rpartition('.')[2]} {figure.value:.4g}" for name, figure in cell.figures.items())
+            shown = [f"{called.get(name, name)} {figure.value:.4g}" for name, figure in cell.figures.items()]
+            figures = " · ".join([*shown[:3], *(["…"] if len(shown) > 3 else [])])
             what = f"{'trial of ' if cell.job.trial else ''}{cell.job.arm}, seed {cell.job.seed}"
             display.line(f"{done}/{count} {what}", f"{seconds:.1f} s" if cell.made else "from the store", cell.failed or figures)
 
@@ -338,11 +340,12 @@ def _tell_study(done: Any, out: Path, as_json: bool, **more: Any) -> None:
         _print({**finite(dataclasses.asdict(report)), "report": str(out / "report.html"), **more})
         return
     costs = [name for name in ("seconds", "bytes") if any(name in arm.costs for arm in report.arms)]
-    headings = ["arm", *report.measures, *({"seconds": "time", "bytes": "size"}[name] for name in costs)]
+    measures = report.measures[:4]  # the page has all
+    headings = ["arm", *measures, *({"seconds": "time", "bytes": "size"}[name] for name in costs)]
     rows = [
         [
             arm.name,
-            *(f"{arm.figures[name].value:.4g}{_interval(arm.figures[name])}" for name in report.measures),
+            *(f"{arm.figures[name].value:.4g}{_interval(arm.figures[name])}" for name in measures),
             *(_cost(name, arm.costs.get(name)) for name in costs),
         ]
         for arm in report.arms
@@ -358,7 +361,11 @@ def _tell_study(done: Any, out: Path, as_json: bool, **more: Any) -> None:
         )
     for note in report.notes:
         print(f"note: {note}")
-    print(f"  {report.verdict}: {report.finding}" if report.verdict else f"  {report.finding}")
+    if len(report.measures) > len(measures):
+        print(f"note: {len(report.measures) - len(measures)} more figures stand in the report")
+    if report.verdict:
+        print(f"  {'verdict':<16} {report.verdict}")
+    print(f"  {report.finding}")
     print(f"  {'report':<16} {out / 'report.html'}")
 
 

@@ -328,7 +328,7 @@ def significance(live: Any, world: World) -> Any:
     rng = numpy.random.default_rng(0)
     seeds, right = rng.normal(0.5, 1, 10), rng.random((2, 30)) < [[0.7], [0.5]]
     values = rng.normal(0.5, 0.3, 5000)
-    evidence = Evidence(0.5, lambda samples: values[:samples], seeds, (right[0].astype(float), right[1].astype(float)))
+    evidence = Evidence(0.5, lambda samples: values[:samples], True, seeds, (right[0].astype(float), right[1].astype(float)))
     return dataclasses.astuple(live(evidence, 0.0, 0.9))
 
 

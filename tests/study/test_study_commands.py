@@ -38,7 +38,9 @@ def test_compare_study_ablate_and_reproduce(temper, written, rows, tmp_path, mon
     assert code == 0
     assert "2/2 high, seed 0" in err
     assert "report" in out
-    assert {path.name for path in (tmp_path / "temper-out" / "rates").iterdir()} == {f"report.{kind}" for kind in ("html", "json", "md", "csv")}
+    assert {path.name for path in (tmp_path / "temper-out" / "rates").iterdir()} == {
+        f"report.{kind}" for kind in ("html", "json", "md", "csv")
+    }
     told = json.loads((tmp_path / "temper-out" / "rates" / "report.json").read_text())
     assert told["rerun"] == f"temper compare …/{Path(file).name}"
     assert told["verdict"] in out

@@ -19,6 +19,7 @@ from temper.evaluate import records
 from temper.parts import Problem
 from temper.report.study import read as read_report
 from temper.report.study import write
+from temper.statistics import tests
 from temper.store import Store
 from temper.study import Ways, cards, conduct
 from temper.study.ablation import ablation, contributions
@@ -182,6 +183,29 @@ def test_without_claims_every_arm_is_compared_with_the_baseline(study, store):
     assert report.verdict == ""
     assert [(one.better, one.than, one.figure) for one in report.comparisons] == [("high", "low", "nats"), ("high", "low", "perplexity")]
     assert report.comparisons[0].verdict in ("better", "worse", "unclear")
+
+
+def test_figures_without_examples_are_tested_over_seeds(study, store):
+    """Two seeds' draws would always agree with themselves; one run of each arm shows nothing."""
+    measured = ("nats: text.tune.nats_per_token\n  perplexity: text.tune.perplexity", "loss: tune.train_loss")
+    two = conduct(study(measured, ("margin: 0.01", "margin: 0")), Ways(store)).report.comparisons[0]
+    assert two.test == "paired t"
+    one = conduct(study(measured, ("margin: 0.01", "margin: 0"), ("seeds: 2", "seeds: 1")), Ways(store)).report
+    assert (one.comparisons[0].test, one.comparisons[0].low, one.verdict) == ("one run, no test", -math.inf, "unclear")
+
+
+def test_mcnemar_counts_the_examples_that_one_arm_gets_right(study, store):
+    made = study(
+        ("method: perplexity", "metric: accuracy"),
+        ("nats: text.tune.nats_per_token\n  perplexity: text.tune.perplexity", "right: text.tune.accuracy"),
+        ("margin: 0.01", "margin: 0, test: mcnemar"),
+        ("seeds: 2", "seeds: 1"),
+    )
+    done = conduct(made, Ways(store))
+    first, second = (done.data.measured[arm, "right"].arm.sums[0][:, 0] for arm in ("high", "low"))
+    found = tests.mcnemar(int((first > second).sum()), int((second > first).sum()), len(first))
+    told = done.report.comparisons[0]
+    assert (told.difference, told.low, told.high) == (found.estimate, found.low, found.high)
 
 
 def test_a_law_through_arms_and_a_run_left_out(study, store):

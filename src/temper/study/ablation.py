@@ -67,7 +67,9 @@ def contributions(study: Study, judged: list[Judged]) -> list[Contribution]:
         slots = one.better.removeprefix("without ").split("+")
         replaced, by = (" + ".join(names(getattr(spec, slot)) for slot in slots) for spec in (whole, without))
         low, high = (None if end is None else -end for end in (one.high, one.low))
-        made.append(Contribution(f"{step}.{'+'.join(slots)}: {replaced}", by, -one.difference, low, high, words[one.verdict], main, one.unit))
+        made.append(
+            Contribution(f"{step}.{'+'.join(slots)}: {replaced}", by, -one.difference, low, high, words[one.verdict], main, one.unit)
+        )
     return made
 
 

@@ -106,7 +106,6 @@ def _report(
 
 def _arms(study: Study, tuned: Tuned, data: Data) -> list[told.ArmReport]:
     by_seed = [own({arm: some[at].steps for arm, some in data.cells.items()}) for at in range(len(study.seeds))]
-    trials = {arm.name: [one for one in tuned.trials if one.arm == arm.name] for arm in study.arms}
     made = []
     for arm in study.arms:
         runs = []
@@ -116,8 +115,8 @@ def _arms(study: Study, tuned: Tuned, data: Data) -> list[told.ArmReport]:
             status = "made" if cell.made else "from the store"
             runs.append(told.ArmRun(cell.job.seed, cell.run, status, figures, costs, [dict(row) for row in cell.curve]))
         costs = {name: sum(run.costs[name] for run in runs) / len(runs) for name in COSTS if all(name in run.costs for run in runs)}
-        if trials[arm.name]:
-            costs |= {"trials": float(len(trials[arm.name])), "trial_seconds": sum(one.seconds for one in trials[arm.name])}
+        if study.tuning is not None:
+            costs["trials"] = float(study.tuning.trials)
         figures = {name: data.figure(arm.name, name) for name in study.measure}
         made.append(told.ArmReport(arm.name, "", dict(arm.changes), dict(tuned.chosen[arm.name]), figures, costs, runs))
     return made

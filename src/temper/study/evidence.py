@@ -64,7 +64,7 @@ class Data:
         pair = None
         if len(terms) == 2 and [weight for _, weight in terms] in ([1, -1], [-1, 1]):
             first, second = (one for one, _ in terms)
-            if first.arm.data == second.arm.data and len(first.values) == 1 and first.arm.sums.shape[1] > 1:
+            if first.arm.data == second.arm.data and len(first.values) == 1 and all(map(_one_by_one, (first, second))):
                 each = [one.arm.statistic(one.arm.sums[0]) for one in (first, second)]
                 pair = (each[0], each[1]) if terms[0][1] > 0 else (each[1], each[0])
 
@@ -72,7 +72,8 @@ class Data:
             found = self.draws(samples)
             return numpy.sum([weight * found[key] for key, weight in weights.items()], axis=0)
 
-        return Evidence(float(numpy.mean(by_seed)), draws, numpy.asarray(by_seed), pair)
+        examples = any(one.arm.sums.shape[1] > 1 for one, _ in terms)
+        return Evidence(float(numpy.mean(by_seed)), draws, examples, numpy.asarray(by_seed), pair)
 
     def points(self, fit: Fit) -> tuple[list[str], numpy.ndarray, str]:
         """The arms that lie on a law, their x [A], and the figure that is y."""
@@ -153,6 +154,12 @@ def _measured(study: Study, arm: str, name: str, figure: str, cells: Sequence[Ce
             stacked = numpy.stack([one[0].sums for one in sums])
             return Measured(bootstrap.Arm(stacked, sums[0][0].statistic, sums[0][1]), values, like.unit, like.better)
     return Measured(bootstrap.Arm(values[:, None, None], lambda totals: totals[..., 0], SEEDS), values, like.unit, like.better)
+
+
+def _one_by_one(one: Measured) -> bool:
+    """Whether every unit is a single example, and the figure their mean."""
+    sums = one.arm.sums
+    return sums.shape[1] > 1 and sums.shape[2] == 2 and bool((sums[..., 1] == 1).all())
 
 
 def _sums(study: Study, arm: str, cell: Cell, step: str, figure: str, store: Store) -> tuple[Any, str] | None:

@@ -165,8 +165,11 @@ def sentence(study: Study, judged: Sequence[Judged], verdict: str) -> str:
         held: Mapping[str, list[str]] = {word: [] for word in ("holds here", "unclear", "does not hold here")}
         for one in judged:
             held[one.comparison.verdict].append(one.comparison.claim)
-        said = [f"{word.capitalize()}: {'; '.join(claims)}." for word, claims in held.items() if claims]
-        return " ".join(said)
+        said = {word: "; ".join(claims) for word, claims in held.items() if claims}
+        if len(said) == 1:  # the verdict stands beside it
+            text = next(iter(said.values()))
+            return f"{text[:1].upper()}{text[1:]}."
+        return " ".join(f"{word.capitalize()}: {claims}." for word, claims in said.items())
     main = [one.comparison for one in judged if one.comparison.figure == next(iter(study.measure))]
     better = [f"{one.better} ({one.difference:+.3g})" for one in main if one.verdict == "better"]
     worse = [f"{one.better} ({one.difference:+.3g})" for one in main if one.verdict == "worse"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
 
@@ -18,13 +19,14 @@ if TYPE_CHECKING:
 class Evidence:
     """What stands behind a number that a study found.
 
-    value: the number. draws: how many -> that many of the number over resampled seeds and examples, [B]. seeds: the number at each
-    seed, [S]; None where it is no sum of arms' figures. pair: for the difference of two arms at one seed, both arms' figures of each
-    example, [C] and [C]; else None.
+    value: the number. draws: how many -> that many of the number over resampled seeds and examples, [B]. examples: whether there are any
+    examples to resample, and not seeds alone. seeds: the number at each seed, [S]; None where it is no sum of arms' figures. pair: for the
+    difference of two arms at one seed, both arms' figures of each example, [C] and [C]; else None.
     """
 
     value: float
     draws: Callable[[int], numpy.ndarray]
+    examples: bool = True
     seeds: numpy.ndarray | None = None
     pair: tuple[numpy.ndarray, numpy.ndarray] | None = None
 
@@ -44,13 +46,19 @@ class Test(Protocol):
 class MultiBootstrap:
     """Seeds and examples resampled together.  Sellam et al. 2022 (MultiBERTs), section 3
 
-    Formula: the percentiles of the number over draws of seeds and of examples with replacement, the same for all arms.
+    Formula: the percentiles of the number over draws of seeds and of examples with replacement, the same for all arms. A sum of figures
+    without examples is tested by `paired-t`: draws of a few seeds alone would find a difference in noise half of the time (two seeds).
+    One run of each arm without examples says nothing: the interval is infinite.
     """
 
     samples: Count = 2000
     """Resamples drawn."""
 
     def __call__(self, evidence: Evidence, margin: float, level: float) -> Tested:
+        if not evidence.examples and evidence.seeds is not None:
+            if len(evidence.seeds) > 1:
+                return tests.paired_t(evidence.seeds, margin=margin, level=level)
+            return tests.Tested(evidence.value, -math.inf, math.inf, 1.0, 1.0, "one run, no test", 1)
         values = evidence.draws(self.samples)
         low, high = bootstrap.interval(values, level)
         above, below = bootstrap.p_above(values, margin), bootstrap.p_below(values, margin)

@@ -9,6 +9,7 @@ from typing import Any
 
 from temper.parts import Problem
 from temper.report.study import Trial
+from temper.study.budgets import held
 from temper.study.reading import Study
 from temper.study.running import Cell, Job, Ways, runs
 from temper.study.search import best, shares
@@ -28,7 +29,7 @@ def tune(study: Study, ways: Ways) -> Tuned:
         return Tuned({arm.name: {} for arm in study.arms})
     chosen, told = {}, []
     for arm in study.arms:
-        settings = candidates(study, arm.name)
+        settings, training = candidates(study, arm.name), held(study, study.plan(arm, study.tuning.seed))
         cells: list[Cell] = []
 
         def run(
@@ -50,7 +51,7 @@ def tune(study: Study, ways: Ways) -> Tuned:
         chosen[arm.name] = settings[winner.number]
         for one, cell in zip(tried, cells, strict=True):
             value = cell.figures[study.tuning.by].value if cell.figures else None
-            seconds = sum(step.costs["seconds"] for step in cell.steps.values() if step.kind != "figures")
+            seconds = sum(cell.steps[name].costs["seconds"] for name in training if name in cell.steps)
             told.append(Trial(arm.name, one.number, one.rung, dict(settings[one.number]), value, seconds, one == winner))
     return Tuned(chosen, told)
 
