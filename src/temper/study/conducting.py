@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from temper import keys
+from temper.lazy import numpy
 from temper.machine import machine
 from temper.passport import Figure
 from temper.recipe import FromStep, Plan
@@ -98,7 +99,7 @@ def _report(
         finding=sentence(study, judged, verdict),
         arms=_arms(study, tuned, data),
         comparisons=[one.comparison for one in judged],
-        fits=[_fit(name, data.law(fit)) for name, fit in study.fits.items()],
+        fits=[_fit(name, data.law(fit), study.finding.level) for name, fit in study.fits.items()],
         trials=list(tuned.trials),
         contributions=[],
     )
@@ -170,42 +171,26 @@ def _cautions(study: Study, data: Data) -> list[str]:
     return said
 
 
-def _fit(name: str, law: Law) -> told.FitReport:
-    level = 0.95
-    bounds = [bootstrap.interval(law.drawn[:, at], level) for at in range(len(law.x))]
+def _fit(name: str, law: Law, level: float) -> told.FitReport:
+    def ends(draws: Any) -> tuple[float, float]:
+        return bootstrap.interval(draws, level)
+
     points = [
-        told.Point(float(x), float(y), low, high, arm)
-        for arm, x, y, (low, high), kept in zip(law.arms, law.x, law.value, bounds, law.keep, strict=True)
+        told.Point(float(x), float(y), *ends(drawn), arm)
+        for arm, x, y, drawn, kept in zip(law.arms, law.x, law.value, law.drawn.T, law.keep, strict=True)
         if kept
     ]
-    import numpy
-
-    span = law.x.min(), law.x.max()
-    grid = numpy.geomspace(*span, 40) if span[0] > 0 else numpy.linspace(*span, 40)
-    line, cloud = law.point.predict(grid), law.cloud.predict(grid)
-    band = [bootstrap.interval(cloud[:, at], level) for at in range(len(grid))]
-    parameters = {
-        one: Figure(float(value), *bootstrap.interval(numpy.asarray(law.cloud.parameters[one]), level))
-        for one, value in law.point.parameters.items()
-    }
+    grid = numpy.geomspace(law.x.min(), law.x.max(), 40)
+    line = zip(grid, law.point.predict(grid), law.cloud.predict(grid).T, strict=True)
+    parameters = {one: Figure(float(value), *ends(law.cloud.parameters[one])) for one, value in law.point.parameters.items()}
     out = None
     if not law.keep.all():
-        at = int(numpy.flatnonzero(~law.keep)[0])
-        guess = law.cloud.predict(law.x[at : at + 1])[:, 0]
-        out = told.HeldOut(
-            float(law.x[at]), float(law.value[at]), float(law.point.predict(law.x[at : at + 1])[0]), *bootstrap.interval(guess, level)
-        )
-        parameters["error"] = Figure(law.evidence("error").value)
-    return told.FitReport(
-        name,
-        law.fit.law,
-        law.fit.x,
-        law.y,
-        points,
-        [told.Point(float(x), float(y), low, high) for x, y, (low, high) in zip(grid, line, band, strict=True)],
-        parameters,
-        out,
-    )
+        x, y = law.x[~law.keep], law.value[~law.keep]
+        out = told.HeldOut(float(x[0]), float(y[0]), float(law.point.predict(x)[0]), *ends(law.cloud.predict(x)[:, 0]))
+        off = law.evidence("error")
+        parameters["error"] = Figure(off.value, *ends(off.draws(0)))
+    band = [told.Point(float(x), float(y), *ends(drawn)) for x, y, drawn in line]
+    return told.FitReport(name, law.fit.law, law.fit.x, law.y, points, band, parameters, out)
 
 
 def ready(study: Study, ways: Ways) -> dict[str, Any]:
