@@ -18,7 +18,8 @@ from temper.study.significance import MultiBootstrap, Test
 
 TOP = ("name", "about", "claim", "paper", "recipe", "vary", "baseline", "seeds", "budget", "tune", "measure", "fit", "finding")
 """A study's own keys."""
-KINDS = ("updates", "tokens", "seconds", "flops", "memory", "trials")
+Kind = Literal["updates", "tokens", "seconds", "flops", "memory", "trials"]
+KINDS: tuple[Kind, ...] = ("updates", "tokens", "seconds", "flops", "memory", "trials")
 """What can be held equal."""
 
 
@@ -46,7 +47,7 @@ class Budget:
             raise Problem(f"{' and '.join(given) or 'nothing'} given: one thing is held equal, one of {', '.join(KINDS)}")
 
     @property
-    def kind(self) -> str:
+    def kind(self) -> Kind:
         return next(one for one in KINDS if getattr(self, one) is not None)
 
     @property

@@ -259,6 +259,7 @@ def _ray(address: str) -> Iterator[Submit]:
     """A Ray cluster whose machines see the same folders."""
     try:
         import ray
+        from ray.exceptions import RayTaskError
     except ImportError:
         raise Problem("Ray is not installed; `pip install 'temper-ml[ray]'`, or give `--workers`") from None
     ours = not ray.is_initialized()
@@ -273,7 +274,7 @@ def _ray(address: str) -> Iterator[Submit]:
                 (done, *_), _ = ray.wait(list(waiting))
                 try:
                     yield waiting.pop(done), ray.get(done)
-                except ray.exceptions.RayTaskError as error:
+                except RayTaskError as error:
                     raise error.as_instanceof_cause() from error
 
         yield submit

@@ -42,7 +42,8 @@ def tune(study: Study, ways: Ways) -> Tuned:
             cells.extend(made)
             return [_score(one, study.tuning.by) for one in made]
 
-        tried = study.tuning.search(study.tuning.trials, run)
+        search: Any = study.tuning.search
+        tried = search(study.tuning.trials, run)
         winner = best(tried)
         if winner is None:
             raise Problem(
