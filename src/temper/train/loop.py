@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import concurrent.futures
 import contextlib
 import dataclasses
 import json
@@ -21,6 +20,7 @@ from temper.train import checkpoints
 from temper.train.distribution import Piece, Spread, deal, is_sharded, local
 from temper.train.precision import Precision, autocast
 from temper.train.schedules import set_rates
+from temper.train.threads import beside
 
 if TYPE_CHECKING:
     from temper.context import Context, Stream
@@ -229,7 +229,7 @@ class _Ahead:
 
     def __init__(self, plan: Plan, world: Any, device: torch.device, first: int, last: float):
         self._plan, self._world, self._device, self._last = plan, world, device, last
-        self._pool = concurrent.futures.ThreadPoolExecutor(1, "batches")
+        self._pool = beside("batches")
         self._next = self._pool.submit(self._make, first)
 
     def take(self, update: int) -> tuple[list[Piece], int]:

@@ -13,6 +13,7 @@ from temper.context import Stream
 from temper.parts import Problem
 from temper.train.batching.batch import SHUFFLED, Batch, Plan
 from temper.train.examples import Encoded, Streamed
+from temper.train.threads import beside
 
 if TYPE_CHECKING:
     from temper.train.batching import Batching
@@ -53,7 +54,7 @@ class StreamedPlan:
         self._batching, self._examples, self._stream, self._feed = batching, examples, stream, feed
         self._layout = ""
         self._places = [_Place()]  # of the blocks given so far, and of the next one
-        self._pool = concurrent.futures.ThreadPoolExecutor(1, "stream")
+        self._pool = beside("stream")
         self._blocks: dict[int, concurrent.futures.Future[tuple[Any, _Place]]] = {}
         first = self._batched(examples, _Place())
         self.tokens_per_update: float = first.tokens_per_update

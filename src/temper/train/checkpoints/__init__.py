@@ -19,7 +19,7 @@ import shutil
 import sys
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +29,7 @@ from temper.lazy import torch
 from temper.parts import Problem
 from temper.store import digest_file
 from temper.train.distribution import is_sharded
+from temper.train.threads import beside
 
 if TYPE_CHECKING:
     Place = Callable[[tuple[str | int, ...], torch.Tensor], torch.Tensor]
@@ -57,7 +58,7 @@ class Checkpoints:
         self._group = _own(group)
         self._staging = _Staging(self._group)
         self._copied: Any = None  # the event after a GPU's copy
-        self._pool = ThreadPoolExecutor(1, "checkpoint", _yield_to_others)
+        self._pool = beside("checkpoint", _yield_to_others)
         self._behind: Future[None] | None = None
         self._update = 0
 
