@@ -386,6 +386,7 @@ def study(
     """Compares recipes at an equal budget, over seeds: intervals, paired tests, costs, a finding."""
     from temper import study as studies
     from temper.papers import shipped
+    from temper.study import cards
 
     if name is None:
         found = {f"{path.parent.name}.{path.stem}": studies.load(path) for path in sorted(shipped("studies").glob("*/*.yaml"))}
@@ -394,7 +395,7 @@ def study(
         else:
             _table(["study", "about"], [[word, one.about] for word, one in found.items()])
         return
-    made = studies.load(name, [shipped("studies")])
+    made = studies.load(name if Path(name).is_file() else cards.find(name))
     if ready:
         found = studies.ready(made, studies.Ways(_store(store)))
         if as_json:
@@ -467,6 +468,7 @@ def reproduce(
 
     path = cards.find(method)
     made, engine, name, folder = studies.load(path), path.parent.name, path.stem, at or shipped("cards")
+    cards.check(made)
     where = out or studies.out_of(made)
     done = _conduct(made, where, store, workers, ray, f"temper reproduce {engine}.{name}")
     written = cards.save(cards.card(done, engine, name, cards.attempts(engine, name, folder)), folder)

@@ -21,7 +21,7 @@ from temper.report.study import read as read_report
 from temper.report.study import write
 from temper.statistics import tests
 from temper.store import Store
-from temper.study import Ways, cards, conduct
+from temper.study import Ways, cards, conduct, conducting
 from temper.study.ablation import ablation, contributions
 from temper.study.evidence import SEEDS
 from temper.study.findings import overall, verdicts
@@ -239,14 +239,30 @@ def test_wall_time_is_held_equal_by_runs_of_its_own(study, store, tmp_path):
     assert all(cell.made for some in conduct(other, Ways(store)).data.cells.values() for cell in some)
 
 
-def test_an_arm_that_needs_more_memory_is_left_out(study, tmp_path):
+def test_an_arm_that_needs_more_memory_is_left_out_and_its_claims_cannot_hold(study, store, tmp_path, monkeypatch):
+    with pytest.raises(Problem, match=r"every arm needs more bytes of memory than the budget: low \S+, high \S+; give more"):
+        conduct(study(("seeds: 2", "seeds: 1\nbudget: {memory: 1.0}")), Ways(Store(tmp_path / "store"), workers=2))
+    monkeypatch.setattr(conducting, "_over", lambda study, cells: {"low": 2e9})
+    report = conduct(study(("than: low, margin: 0.01}", "than: low}\n    - {of: {high nats: 1}, above: 0}")), Ways(store)).report
+    assert [arm.name for arm in report.arms] == ["high"]
+    assert report.comparisons[0].verdict == "holds here"
+    assert report.verdict == "unclear"
+    assert "1 of 2 claims fall away with them, so the whole cannot hold" in report.notes
+
+
+def test_a_law_through_single_runs_without_examples_shows_nothing(study, store):
     made = study(
-        ("seeds: 2", "seeds: 1\nbudget: {memory: 1.0}"),
-        ("finding:\n  claims:\n    - {better: high, than: low, margin: 0.01}\n", ""),
+        (
+            "vary:\n  low: {tune.optimizer.adamw.lr: 1.0e-5}\n  high: {tune.optimizer.adamw.lr: 3.0e-2}",
+            "vary: {grid: {tune.updates: [1, 2, 3, 4]}}",
+        ),
+        ("nats: text.tune.nats_per_token\n  perplexity: text.tune.perplexity", "loss: tune.train_loss"),
+        ("seeds: 2", "seeds: 1\nfit: {law: {law: log-law, x: tune.updates}}"),
+        ("{better: high, than: low, margin: 0.01}", "{quantity: law.a, below: 100}"),
     )
-    report = conduct(made, Ways(Store(tmp_path / "store"), workers=2)).report
-    assert [arm.name for arm in report.arms] == ["low", "high"]  # none is within it: all are told, and that they are not
-    assert any("more memory than the budget" in note for note in report.notes)
+    report = conduct(made, Ways(store)).report
+    assert (report.comparisons[0].test, report.verdict) == ("one run, no test", "unclear")
+    assert report.arms[0].figures["loss"].low is None
 
 
 def test_processes_and_ray_give_the_same_figures(study, tmp_path):

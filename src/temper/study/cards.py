@@ -15,23 +15,25 @@ from temper.parts import Problem, nearest, plain
 from temper.store import digest
 from temper.study.conducting import Conducted
 from temper.study.findings import overall, verdicts
+from temper.study.reading import Study
 
 
-def find(method: str) -> Path:
-    """The study of a method, `tune.lora` or `lora`. Raises `Problem` with the nearest."""
-    return _named(method, shipped("studies"), "study")
+def find(word: str) -> Path:
+    """A study that ships with Temper, `tune.lora` or `lora`. Raises `Problem` with the nearest."""
+    known = {f"{path.parent.name}.{path.stem}": path for path in sorted(shipped("studies").glob("*/*.yaml"))}
+    wanted = plain(word.replace(" ", ".").removesuffix(".yaml"))
+    same = [name for name in known if wanted in (plain(name), plain(name.partition(".")[2]))]
+    if len(same) == 1:
+        return known[same[0]]
+    if same:
+        raise Problem(f"several engines have a study `{word}`; say which: {', '.join(same)}")
+    raise Problem(f"no study `{word}`{nearest(word, [*known, *(path.stem for path in known.values())])}")
 
 
-def _named(method: str, folder: Path, what: str) -> Path:
-    known = {f"{path.parent.name}.{path.stem}": path for path in sorted(folder.glob("*/*.yaml")) if path.stem != "ground"}
-    wanted = method.replace(" ", ".")
-    same = [path for name, path in known.items() if plain(wanted) in (plain(name), plain(name.partition(".")[2]))]
-    if len(same) != 1:
-        if same:
-            raise Problem(f"several engines have a {what} `{method}`: {', '.join(f'{path.parent.name}.{path.stem}' for path in same)}")
-        near = nearest(method, [*known, *(path.stem for path in known.values())])
-        raise Problem(f"no {what} `{method}`{near}")
-    return same[0]
+def check(study: Study) -> None:
+    """Raises `Problem` where a study claims nothing: a card needs a rule, and before the runs."""
+    if not study.claims:
+        raise Problem(f"{study.file} claims nothing, so it has no verdict; write `finding: {{claims: [...]}}` before running it")
 
 
 def ground(engine: str) -> Path:
@@ -48,8 +50,7 @@ def card(done: Conducted, engine: str, method: str, before: Mapping[str, Any] | 
     Raises `Problem` where the study claims nothing: a card needs a rule.
     """
     study, report = done.study, done.report
-    if not study.claims:
-        raise Problem(f"{study.file} claims nothing, so it has no verdict; write `finding: {{claims: [...]}}` before running it")
+    check(study)
     attempt = {"created": report.created, "study": study.digest, "verdict": report.verdict, "seconds": report.seconds}
     costs = [run.costs for arm in report.arms for run in arm.runs]
     return {

@@ -13,14 +13,15 @@ from typing import Any
 from temper import keys
 from temper.lazy import numpy
 from temper.machine import machine
+from temper.parts import Problem
 from temper.passport import Figure
 from temper.recipe import FromStep, Plan
 from temper.report import study as told
 from temper.statistics import bootstrap
 from temper.study.budgets import COSTS, budgeted, held, own, spent
-from temper.study.evidence import SEEDS, Data, Law
+from temper.study.evidence import SEEDS, Data
 from temper.study.findings import Judged, judge, overall, sentence
-from temper.study.reading import Study, term
+from temper.study.reading import Claim, Fit, Study, fitted, term
 from temper.study.running import Cell, Job, Ways, runs
 from temper.study.trials import Tuned, tune
 
@@ -44,40 +45,54 @@ def conduct(study: Study, ways: Ways, rerun: str = "") -> Conducted:
     made = runs(study, jobs, ways)
     cells = {arm.name: [one for one in made if one.job.arm == arm.name] for arm in study.arms}
     notes = []
+    asked = len(study.claims)
     if left := _over(study, cells):
-        notes.append(f"more memory than the budget's {study.budget.amount:g} bytes: {', '.join(left)}")  # type: ignore[union-attr]
-    if 0 < len(left) < len(cells):
-        notes[-1] += "; left out"
+        told_over = ", ".join(f"{arm} {peak:.4g}" for arm, peak in left.items())
+        if len(left) == len(cells):
+            raise Problem(f"every arm needs more bytes of memory than the budget: {told_over}; give more", ("budget", "memory"))
+        notes.append(f"needed more bytes of memory than the budget and are left out: {told_over}")
         study = _only(study, [arm.name for arm in study.arms if arm.name not in left])
         cells = {arm: some for arm, some in cells.items() if arm not in left}
+        if fallen := asked - len(study.claims):
+            notes.append(f"{fallen} of {asked} claims fall away with them, so the whole cannot hold")
     data = Data(study, cells, ways.store)
     judged = judge(study, data)
-    report = _report(study, tuned, data, judged, rerun, time.monotonic() - began, notes)
+    verdict = overall([one.comparison.verdict for one in judged]) if asked else ""  # type: ignore[misc]
+    if len(study.claims) < asked and verdict != "does not hold here":
+        verdict = "unclear"
+    report = _report(study, tuned, data, judged, verdict, rerun, time.monotonic() - began, notes)
     return Conducted(study, report, judged, data)
 
 
-def _over(study: Study, cells: Mapping[str, Sequence[Cell]]) -> list[str]:
-    """Arms whose runs needed more memory than the budget."""
+def _over(study: Study, cells: Mapping[str, Sequence[Cell]]) -> dict[str, float]:
+    """Arms whose runs needed more memory than the budget, and how much, bytes."""
     if study.budget is None or study.budget.memory is None:
-        return []
+        return {}
     most = {
         arm: max(step.costs.get("peak_memory", 0.0) for cell in some for step in cell.steps.values() if step.kind != "figures")
         for arm, some in cells.items()
     }
-    return [arm for arm, peak in most.items() if peak > study.budget.memory]
+    return {arm: peak for arm, peak in most.items() if peak > study.budget.memory}
 
 
 def _only(study: Study, arms: Sequence[str]) -> Study:
-    """The study of some arms. Claims about others fall away."""
-    kept = [claim for claim in study.claims if {claim.better, claim.than, *(term(word, study)[0] for word in claim.of)} - {""} <= set(arms)]
+    """The study of some arms. Claims about others, and laws through them, fall away."""
+
+    def about(claim: Claim) -> set[str]:
+        law = [arm.name for arm in fitted(study.fits[claim.quantity.partition(".")[0]], study)] if claim.quantity else []
+        return {claim.better, claim.than, *law, *(term(word, study)[0] for word in claim.of)} - {""}
+
+    kept = [claim for claim in study.claims if {study.arm(name).name for name in about(claim)} <= set(arms)]
+    fits = {name: fit for name, fit in study.fits.items() if {arm.name for arm in fitted(fit, study)} <= set(arms)}
     baseline = study.baseline if study.baseline in arms else arms[0]
-    return dataclasses.replace(study, arms=tuple(arm for arm in study.arms if arm.name in arms), claims=tuple(kept), baseline=baseline)
+    return dataclasses.replace(
+        study, arms=tuple(arm for arm in study.arms if arm.name in arms), claims=tuple(kept), fits=fits, baseline=baseline
+    )
 
 
 def _report(
-    study: Study, tuned: Tuned, data: Data, judged: Sequence[Judged], rerun: str, seconds: float, notes: Sequence[str]
+    study: Study, tuned: Tuned, data: Data, judged: Sequence[Judged], verdict: Any, rerun: str, seconds: float, notes: Sequence[str]
 ) -> told.StudyReport:
-    verdict = overall([one.comparison.verdict for one in judged]) if study.claims else ""  # type: ignore[misc]
     budget = study.budget
     return told.StudyReport(
         name=study.name,
@@ -96,10 +111,10 @@ def _report(
         alike=_alike(study),
         measures=list(study.measure),
         verdict=verdict,
-        finding=sentence(study, judged, verdict),
+        finding=sentence(study, judged),
         arms=_arms(study, tuned, data),
         comparisons=[one.comparison for one in judged],
-        fits=[_fit(name, data.law(fit), study.finding.level) for name, fit in study.fits.items()],
+        fits=[_fit(name, data, fit, study.finding.level) for name, fit in study.fits.items()],
         trials=list(tuned.trials),
         contributions=[],
     )
@@ -171,7 +186,9 @@ def _cautions(study: Study, data: Data) -> list[str]:
     return said
 
 
-def _fit(name: str, law: Law, level: float) -> told.FitReport:
+def _fit(name: str, data: Data, fit: Fit, level: float) -> told.FitReport:
+    law = data.law(fit)
+
     def ends(draws: Any) -> tuple[float, float]:
         return bootstrap.interval(draws, level)
 
@@ -187,8 +204,8 @@ def _fit(name: str, law: Law, level: float) -> told.FitReport:
     if not law.keep.all():
         x, y = law.x[~law.keep], law.value[~law.keep]
         out = told.HeldOut(float(x[0]), float(y[0]), float(law.point.predict(x)[0]), *ends(law.cloud.predict(x)[:, 0]))
-        off = law.evidence("error")
-        parameters["error"] = Figure(off.value, *ends(off.draws(0)))
+        off = data.of_law(fit, "error")
+        parameters["error"] = Figure(off.value, *ends(off.draws(len(law.drawn))))
     band = [told.Point(float(x), float(y), *ends(drawn)) for x, y, drawn in line]
     return told.FitReport(name, law.fit.law, law.fit.x, law.y, points, band, parameters, out)
 

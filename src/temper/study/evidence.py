@@ -9,9 +9,9 @@ from typing import Any
 
 from temper.evaluate import records
 from temper.lazy import numpy
-from temper.parts import Problem
+from temper.parts import Problem, plain
 from temper.passport import Figure
-from temper.statistics import bootstrap, fits
+from temper.statistics import bootstrap, fits, tests
 from temper.store import Store
 from temper.study.reading import Fit, Study, fitted
 from temper.study.running import Cell
@@ -29,6 +29,8 @@ class Measured:
 
 
 SEEDS = "seeds alone"
+_SAMPLES = 2000
+"""Draws behind intervals that no test asked for."""
 Key = tuple[str, str]
 """An arm's name and the name of a figure that is measured."""
 
@@ -47,8 +49,12 @@ class Data:
     def figure(self, arm: str, name: str) -> Figure:
         """A figure over seeds and examples, with its interval at the finding's level."""
         one = self.measured[arm, name]
-        level = self.study.finding.level
-        low, high = bootstrap.interval(self.draws(_SAMPLES)[arm, name], level) if one.arm.sums.shape[:2] != (1, 1) else (None, None)
+        level, low, high = self.study.finding.level, None, None
+        if one.arm.sums.shape[1] > 1:
+            low, high = bootstrap.interval(self.draws(_SAMPLES)[arm, name], level)
+        elif len(one.values) > 1:  # draws of a few seeds alone would be far too sure
+            found = tests.paired_t(one.values, level=level)
+            low, high = found.low, found.high
         return Figure(float(one.values.mean()), low, high, one.arm.sums.shape[1], one.unit, one.better)
 
     @functools.cache  # noqa: B019 as long-lived as the object
@@ -96,22 +102,43 @@ class Data:
             raise Problem(f"`{name}` is no axis of the grid, no figure that is measured and no cost: {', '.join(found)}", ("fit", "x"))
         return found[name]
 
-    def law(self, fit: Fit) -> Law:
+    def law(self, fit: Fit, samples: int = _SAMPLES) -> Law:
         """A fit to the arms' figures, and to those of every draw."""
         arms, x, y = self.points(fit)
         keep = numpy.array([fit.predict is None or not numpy.isclose(at, fit.predict) for at in x])
         if fit.predict is not None and keep.all():
             raise Problem(f"predict {fit.predict:g}: no arm lies there; x are {', '.join(f'{one:g}' for one in x)}", ("fit", "predict"))
-        value = numpy.array([self.measured[arm, y].values.mean() for arm in arms])
-        found = self.draws(_SAMPLES)
-        drawn = numpy.stack([found[arm, y] for arm in arms], axis=1)
-        point, cloud = fits.fit(fit.law, x[keep], value[keep]), fits.fit(fit.law, x[keep], drawn[:, keep])
-        return Law(fit, arms, x, y, keep, value, drawn, point, cloud)
+        seeds = numpy.stack([self.measured[arm, y].values for arm in arms], axis=1)
+        drawn = numpy.stack([self.draws(samples)[arm, y] for arm in arms], axis=1)
+        value = seeds.mean(0)
+        point, cloud, each = (fits.fit(fit.law, x[keep], one[..., keep]) for one in (value, drawn, seeds))
+        return Law(fit, arms, x, y, keep, value, drawn, seeds, point, cloud, each)
+
+    def of_law(self, fit: Fit, parameter: str) -> Evidence:
+        """The evidence on a parameter of a law, or on `error`: how far off its prediction of the arm left out is, relative."""
+        law = self.law(fit)
+        if parameter == "error" and law.keep.all():
+            raise Problem("nothing is predicted; give the fit `predict:`, an x whose arm is left out", ("quantity",))
+        if parameter != "error" and parameter not in law.point.parameters:
+            raise Problem(f"the law has no parameter `{parameter}`; it has {', '.join([*law.point.parameters, 'error'])}", ("quantity",))
+
+        def found(fitted: Any, y: numpy.ndarray) -> Any:
+            if parameter != "error":
+                return fitted.parameters[parameter]
+            return numpy.abs(fitted.predict(law.x[~law.keep])[..., 0] / y[..., ~law.keep][..., 0] - 1)
+
+        def draws(samples: int) -> numpy.ndarray:
+            other = self.law(fit, samples)
+            return numpy.asarray(found(other.cloud, other.drawn))
+
+        examples = any(self.measured[arm, law.y].arm.sums.shape[1] > 1 for arm in law.arms)
+        return Evidence(float(found(law.point, law.value)), draws, examples, numpy.asarray(found(law.each, law.seeds)))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Law:
-    """A fitted law. keep: which arms it was fitted to, bool [A]. value, drawn: their y, [A] and [B, A]. point, cloud: the fits to these."""
+    """A fitted law. keep: which arms it was fitted to, bool [A]. value, drawn, seeds: their y, [A], [B, A] and [S, A]. point, cloud, each:
+    the fits to these."""
 
     fit: Fit
     arms: list[str]
@@ -120,26 +147,10 @@ class Law:
     keep: numpy.ndarray
     value: numpy.ndarray
     drawn: numpy.ndarray
+    seeds: numpy.ndarray
     point: Any
     cloud: Any
-
-    def evidence(self, parameter: str) -> Evidence:
-        """On a parameter of the law, or on `error`: how far off the prediction of the arm left out is, relative."""
-        if parameter == "error":
-            if self.keep.all():
-                raise Problem("nothing is predicted; give the fit `predict:`, an x whose arm is left out")
-            at = self.x[~self.keep]
-            off, cloud = (
-                numpy.abs(one.predict(at)[..., 0] / true[..., ~self.keep][..., 0] - 1)
-                for one, true in ((self.point, self.value), (self.cloud, self.drawn))
-            )
-            return Evidence(float(off), lambda samples: numpy.asarray(cloud))
-        if parameter not in self.point.parameters:
-            raise Problem(f"the law has no parameter `{parameter}`; it has {', '.join([*self.point.parameters, 'error'])}", ("quantity",))
-        return Evidence(float(self.point.parameters[parameter]), lambda samples: numpy.asarray(self.cloud.parameters[parameter]))
-
-
-_SAMPLES = 2000
+    each: Any
 
 
 def _measured(study: Study, arm: str, name: str, figure: str, cells: Sequence[Cell], store: Store) -> Measured:
@@ -164,7 +175,7 @@ def _one_by_one(one: Measured) -> bool:
 
 def _sums(study: Study, arm: str, cell: Cell, step: str, figure: str, store: Store) -> tuple[Any, str] | None:
     """What a run's evaluation summed for a figure, and a word for its examples; None for figures without records."""
-    name = next(one for one in cell.steps if one.lower() == step.lower())
+    name = next(one for one in cell.steps if plain(one) == plain(step))
     made = cell.steps[name]
     if made.engine != "evaluate":
         return None

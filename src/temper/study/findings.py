@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 from temper.parts import Problem
@@ -14,6 +14,11 @@ from temper.study.reading import Claim, Study, term
 from temper.study.significance import Evidence, Test
 
 Verdict = Literal["holds here", "unclear", "does not hold here"]
+_CORRECTIONS: Mapping[str, Callable[[Sequence[float]], list[float]]] = {
+    "holm": corrections.holm,
+    "bonferroni": corrections.bonferroni,
+    "none": list,
+}
 POWER = 0.8
 """Of the minimum detectable difference."""
 
@@ -35,8 +40,7 @@ def verdicts(p: Sequence[tuple[float, float]], level: float, correction: str) ->
     A claim holds where the first, corrected for the number of claims, is at most (1 - level) / 2; it does not where the second is; else
     it is unclear. One claim by the bootstrap holds where its whole interval lies beyond the margin.
     """
-    correct = {"holm": corrections.holm, "bonferroni": corrections.bonferroni, "none": list}[correction]
-    bound = (1 - level) / 2
+    correct, bound = _CORRECTIONS[correction], (1 - level) / 2
     found: list[Verdict] = []
     for false, true in zip(correct([one for one, _ in p]), correct([one for _, one in p]), strict=True):
         found.append("holds here" if false <= bound else "does not hold here" if true <= bound else "unclear")
@@ -66,9 +70,7 @@ def judge(study: Study, data: Data) -> list[Judged]:
 def _corrected(group: Sequence[Judged], study: Study, claimed: bool) -> list[Judged]:
     sides = [(one.p_above, one.p_below) if one.says == "above" else (one.p_below, one.p_above) for one in group]
     found = verdicts(sides, study.finding.level, study.finding.correction)
-    adjusted = {"holm": corrections.holm, "bonferroni": corrections.bonferroni, "none": list}[study.finding.correction](
-        [min(1.0, 2 * min(pair)) for pair in sides]
-    )
+    adjusted = _CORRECTIONS[study.finding.correction]([min(1.0, 2 * min(pair)) for pair in sides])
     words = {"holds here": "better", "does not hold here": "worse", "unclear": "unclear"}
     return [
         dataclasses.replace(
@@ -84,7 +86,7 @@ def _claimed(claim: Claim, study: Study, data: Data) -> Judged:
         return _compared(claim.better, claim.than, figure, study, data, claim)
     if claim.quantity:
         name, _, parameter = claim.quantity.partition(".")
-        evidence, unit = data.law(study.fits[name]).evidence(parameter or "b"), ""
+        evidence, unit = data.of_law(study.fits[name], parameter or "b"), ""
         what = claim.quantity
     else:
         weights: dict[Key, float] = {term(word, study): weight for word, weight in claim.of.items()}
@@ -157,10 +159,10 @@ def _tested(evidence: Evidence, margin: float, says: Literal["above", "below"], 
     )
 
 
-def sentence(study: Study, judged: Sequence[Judged], verdict: str) -> str:
+def sentence(study: Study, judged: Sequence[Judged]) -> str:
     """The finding in words."""
     if not judged:
-        return "One arm was measured; nothing is compared."
+        return "Nothing is left to compare."
     if study.claims:
         held: Mapping[str, list[str]] = {word: [] for word in ("holds here", "unclear", "does not hold here")}
         for one in judged:

@@ -177,18 +177,12 @@ class Study:
         return digest({"study": self.text})
 
 
-def load(path: str | Path, shipped: Sequence[Path] = ()) -> Study:
+def load(path: str | Path) -> Study:
     """A study from a YAML file. Raises `Problem`s with file, line and column."""
     path = Path(path)
     if not path.is_file():
-        found = [file for folder in shipped for file in sorted(folder.rglob("*.yaml"))]
-        same = [
-            file for file in found if plain(str(path).removesuffix(".yaml")) in (plain(file.stem), plain(f"{file.parent.name}.{file.stem}"))
-        ]
-        if len(same) != 1:
-            near = [one.name for one in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
-            raise Problem(f"no study {shown(str(path))}{nearest(path.name, [*near, *(one.stem for one in found)])}")
-        path = same[0]
+        near = [one.name for one in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
+        raise Problem(f"no study {shown(str(path))}{nearest(path.name, near)}")
     return read(path.read_text(encoding="utf8"), path.name, path.parent)
 
 

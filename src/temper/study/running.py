@@ -15,7 +15,7 @@ from typing import Any
 
 from temper import world
 from temper.context import Track, silent
-from temper.parts import Problem, nearest, settings
+from temper.parts import Problem, nearest, plain, settings
 from temper.passport import Figure
 from temper.recipe import FromStep, Plan
 from temper.recipe.plans import Step
@@ -135,7 +135,7 @@ def cell(
 def figure(result: Result, name: str) -> Figure:
     """`task.tune.accuracy`: the figure `tune.accuracy` of the step `task`. Raises `Problem` with the nearest name."""
     step, _, rest = name.partition(".")
-    found = result[next(one for one in result.made if one.lower() == step.lower())].figures
+    found = result[next(one for one in result.made if plain(one) == plain(step))].figures
     if rest not in found:
         raise Problem(f"step `{step}` gives no figure `{rest}`{nearest(rest, found)}", ("measure",))
     return found[rest]
@@ -264,7 +264,7 @@ def _ray(address: str) -> Iterator[Submit]:
         raise Problem("Ray is not installed; `pip install 'temper-ml[ray]'`, or give `--workers`") from None
     ours = not ray.is_initialized()
     if ours:
-        ray.init(address=None if address == "local" else address, log_to_driver=False, include_dashboard=False, configure_logging=False)
+        ray.init(address=address, log_to_driver=False, include_dashboard=False, configure_logging=False)
     try:
         remote = ray.remote(max_retries=0)(work)
 
