@@ -87,6 +87,19 @@ def test_run_show_why_export_verify_gc(temper, folder):
     code, out, _ = temper("export", "tune", "whole", "--merged", "--json")
     assert code == 0
     assert (folder / "whole" / "model.safetensors").is_file()
+    code, out, err = temper("export", "tune", "exact", "--lora", "exact", "--json")
+    assert (code, json.loads(out)["lost"]) == (0, {})
+    code, out, err = temper("export", "tune", "thin", "--lora", "1")
+    assert code == 0
+    assert "modules are not exact: up to" in err
+    assert json.loads((folder / "thin" / "adapter_config.json").read_text())["r"] == 1
+    for words, told in (
+        (("--lora", "few"), "--lora few: give `exact`, or a rank such as 16"),
+        (("--lora", "2", "--merged"), "give `--merged` or"),
+    ):
+        code, _, err = temper("export", "tune", "none", *words)
+        assert code == 2
+        assert told in err
     (folder / "mine").mkdir()
     (folder / "mine" / "letter.txt").write_text("dear")
     code, _, err = temper("export", "tune", "mine")

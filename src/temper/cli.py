@@ -562,6 +562,9 @@ def export(
     artefact: Annotated[str, typer.Argument(help="The beginning of a key, a step, or recipe/step.")],
     to: Annotated[str, typer.Argument(help="A folder, or hub:NAME.", metavar="DIR")],
     merged: Annotated[bool, typer.Option("--merged", help="Fold an adapter into its base first.")] = False,
+    lora: Annotated[
+        str | None, typer.Option("--lora", help="An adapter of any type as plain LoRA: `exact`, or a rank at most.", metavar="RANK")
+    ] = None,
     store: StoreAt = None,
     as_json: Json = False,
 ) -> None:
@@ -570,11 +573,18 @@ def export(
 
     at = _store(store)
     made = at.get(at.find(artefact))
-    where = leave.upload(made, to[4:], at, merged=merged) if to.startswith("hub:") else str(leave.export(made, Path(to), at, merged=merged))
+    if lora is not None and lora != "exact" and not (lora.isdigit() and int(lora) > 0):
+        raise Problem(f"--lora {lora}: give `exact`, or a rank such as 16")
+    form: dict[str, Any] = {"merged": merged, "lora": int(lora) if lora and lora.isdigit() else lora}
+    where = leave.upload(made, to[4:], at, **form) if to.startswith("hub:") else str(leave.export(made, Path(to), at, **form))
+    lost = leave.lost(Path(where)) if lora and not to.startswith("hub:") else {}
     if as_json:
-        _print({"artefact": made.id, "to": where})
-    else:
-        print(where)
+        _print({"artefact": made.id, "to": where, **({"lost": lost} if lora else {})})
+        return
+    print(where)
+    if lost:
+        worst = max(lost, key=lambda name: lost[name])
+        _err(f"{len(lost)} modules are not exact: up to {lost[worst]:.2g} of the change is lost (`{worst}`)")
 
 
 @app.command()

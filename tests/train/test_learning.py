@@ -109,9 +109,11 @@ def figured(tmp_path, examples, llama):
     return run
 
 
-def test_a_length_in_operations_is_made_into_updates(figured):
+def test_a_length_in_operations_is_made_into_updates(figured, llama):
     made, context = figured(flops=3e7)
-    each, updates = (context.decisions()[name]["value"] for name in ("flops_per_token", "updates"))
+    (each, kept), updates = (context.decisions()[name]["value"] for name in ("per_token", "updates"))
+    assert made["kept_per_token"] == kept
+    assert made["trained_parameters"] == sum(one.numel() for one in llama().parameters())
     a_token = 3 * 2 * (2 * (4 * 32**2 + 3 * 32 * 64) + 32 * 128)  # of the matrices alone; attention, and what predicts nothing, aside
     assert each == pytest.approx(a_token, rel=0.1)
     assert made["updates"] == updates

@@ -46,6 +46,19 @@ def test_a_llama_takes_what_its_matrices_say(llama, examples, stream, implementa
     assert made == sum(map(full, lengths))
 
 
+def test_what_waits_for_the_backward_pass():
+    """Of x -> tanh(W2 relu(W1 x)): the inputs of both products and what the tanh gave, each once; weights are left out."""
+    model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4), torch.nn.Tanh())
+    given = torch.randn(5, 8)
+    with module._keeping(model) as held:
+        model(given).sum().backward()
+    assert sum(held.values()) == 4 * 5 * (8 + 16 + 4)
+    model.requires_grad_(False)
+    with module._keeping(model) as held:
+        model(given)
+    assert not held
+
+
 def test_adapters_spare_the_gradients_of_frozen_weights(llama, examples, stream):
     rank, targets = 4, ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     model = get_peft_model(llama(), LoraConfig(r=rank, target_modules=targets, init_lora_weights=False))

@@ -7,7 +7,7 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from temper.context import write
 from temper.parts import Problem, shown
@@ -18,21 +18,32 @@ MARK = "temper.json"
 """In an exported folder: which artefact it is. A folder without it is the user's own and is never overwritten."""
 
 
-def export(artefact: Artefact, folder: Path, store: Store, *, merged: bool = False) -> Path:
+def export(artefact: Artefact, folder: Path, store: Store, *, merged: bool = False, lora: int | Literal["exact"] | None = None) -> Path:
     """Writes an artefact as a folder that `transformers` or `peft` load without this package.
 
-    merged: an adapter is folded into its base first. Written beside and renamed; raises `Problem` where `folder` holds
-    something else. Of two runs that export to one folder, the second waits.
+    merged: an adapter is folded into its base first. lora: an adapter of whatever type becomes plain LoRA, exact or of this rank at
+    most; what that loses of each module's change is in the folder's `temper.json`, under `export` and `lost`. Written beside and
+    renamed; raises `Problem` where `folder` holds something else. Of two runs that export to one folder, the second waits.
     """
+    if artefact.passport.kind != "adapter" and lora is not None:
+        raise Problem(f"{shown(artefact.name or artefact.id[:12])} is a {artefact.passport.kind} and no adapter; leave out `--lora`")
+    if merged and lora is not None:
+        raise Problem("merged into its base an adapter is none any more; give `--merged` or `--lora`")
     with store.lock(f"export-{digest(str(Path(folder).resolve()))[:16]}"):
-        return _export(artefact, Path(folder), store, merged)
+        return _export(artefact, Path(folder), store, merged, lora)
 
 
-def _export(artefact: Artefact, folder: Path, store: Store, merged: bool) -> Path:
+def lost(folder: Path) -> dict[str, float]:
+    """Of an adapter that was exported as plain LoRA: module -> relative error of its change, where it is not exact."""
+    return json.loads((folder / MARK).read_text(encoding="utf8"))["export"].get("lost", {})
+
+
+def _export(artefact: Artefact, folder: Path, store: Store, merged: bool, lora: int | Literal["exact"] | None) -> Path:
     if folder.exists() and any(folder.iterdir()) and not (folder / MARK).is_file():
         raise Problem(f"{shown(folder.name)} holds files that no export wrote; choose another folder, or empty it")
-    said = {"artefact": artefact.id, "content": artefact.content, "merged": merged}
-    if (folder / MARK).is_file() and json.loads((folder / MARK).read_text(encoding="utf8")).get("export") == said:
+    said: dict[str, Any] = {"artefact": artefact.id, "content": artefact.content, "merged": merged, **({"lora": lora} if lora else {})}
+    there = json.loads((folder / MARK).read_text(encoding="utf8")).get("export", {}) if (folder / MARK).is_file() else {}
+    if {key: value for key, value in there.items() if key != "lost"} == said:
         return folder
     beside = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     shutil.rmtree(beside, ignore_errors=True)
@@ -42,6 +53,8 @@ def _export(artefact: Artefact, folder: Path, store: Store, merged: bool) -> Pat
         from temper.models.deltas import merge
 
         io.save_model(merge(io.load_model(artefact)), io.load_tokenizer(artefact), beside)
+    elif lora is not None:
+        said["lost"] = _as_lora(artefact, beside, None if lora == "exact" else lora)
     elif (artefact.path / "model").is_dir() or artefact.passport.kind in ("model", "adapter"):
         shutil.copytree(artefact.model, beside)
     else:
@@ -59,14 +72,26 @@ def _export(artefact: Artefact, folder: Path, store: Store, merged: bool) -> Pat
     return folder
 
 
-def upload(artefact: Artefact, name: str, store: Store, *, merged: bool = False) -> str:
+def _as_lora(artefact: Artefact, folder: Path, rank: int | None) -> dict[str, float]:
+    from temper.models import folders, io
+    from temper.models.deltas import algebra
+
+    model: Any = io.load_model(artefact)
+    change = algebra.factors(model, rank=rank)
+    name = folders.read_json(artefact.model / "adapter_config.json").get("base_model_name_or_path") or ""
+    algebra.save(change, model.unload(), folder, name)
+    io.load_tokenizer(artefact).save_pretrained(folder)
+    return {module: round(error, 8) for module, error in change.errors.items()}
+
+
+def upload(artefact: Artefact, name: str, store: Store, *, merged: bool = False, lora: int | Literal["exact"] | None = None) -> str:
     """Exports to a repository on the hub, private unless it exists. Returns its address."""
     import tempfile
 
     import huggingface_hub
 
     with tempfile.TemporaryDirectory() as folder:
-        made = export(artefact, Path(folder) / "model", store, merged=merged)
+        made = export(artefact, Path(folder) / "model", store, merged=merged, lora=lora)
         (made / MARK).unlink()
         try:
             huggingface_hub.create_repo(name, private=True, exist_ok=True)

@@ -125,6 +125,16 @@ class Live:
             raise AttributeError(f"slot {name} was not started")
         return getattr(self._spec, name)
 
+    def __contains__(self, name: str) -> bool:
+        """Whether a slot is started here."""
+        return name in self._slots
+
+    def adopt(self, other: Live, *names: str) -> None:
+        """Takes over slots that were started before, where they are there: they are moved along, saved and closed with these."""
+        for name in names:
+            if name in other:
+                self._slots[name] = other._slots.pop(name)
+
     def advance(self, progress: Progress) -> None:
         for one in self._slots.values():
             one.advance(progress)

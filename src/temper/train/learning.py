@@ -183,8 +183,9 @@ def learn(
 ) -> dict[str, Figure]:
     """Trains `model` in place as `spec` says; see `loop.train`. Returns the figures of a training step.
 
-    live: the started slots; those of training are `batching`, `feed`, `optimizer`, `schedule` and `average`. held: examples of the held-out
-    loss. anchor: a term on the parameters beside the loss. save: writes the model as it is into a folder, for `spec.keep`.
+    live: the started slots; those of training are `batching`, `feed`, `optimizer`, `schedule` and `average`, and a `budget` is told of
+    every update. held: examples of the held-out loss. anchor: a term on the parameters beside the loss. save: writes the model as it
+    is into a folder, for `spec.keep`.
     """
     plan = planned(live.batching, examples, context.stream("batching"), live.feed)
     if report := getattr(plan, "report", ""):
@@ -196,7 +197,8 @@ def learn(
         ways.enter_context(_advising(spec))
         spread = distribution.spread(model, context.world, kind, context.device)
         optimizer = live.optimizer.build(trainable(spread.model, live))
-        flops = _per_token(model, plan, loss, optimizer, spec, live, precision, bool(examples[0].side), context)
+        flops, kept = _per_token(model, plan, loss, optimizer, spec, live, precision, bool(examples[0].side), context)
+        trained = sum(one.numel() for group in optimizer.param_groups for one in group["params"])
         updates = _updates(spec, plan, flops, context)
         if spec.recompute:
             ways.enter_context(recomputing(spread.model))
@@ -227,25 +229,27 @@ def learn(
             on_keep=lambda _, folder: save(folder / "model"),
             average=live.average,
             anchor=anchor,
+            after=live.budget.after if "budget" in live else None,
             spread=spread,
         )
     live.close()
     if context.world.main:
         _bring_out(context)
-    return _figures(history, len(held or ()), flops)
+    return _figures(history, len(held or ()), trained, flops, kept)
 
 
 def _per_token(
     model: Any, plan: Plan, loss: Any, optimizer: Any, spec: Learning, live: Live, precision: Any, paired: bool, context: Context
-) -> float | None:
-    """Floating-point operations that a token takes in all passes of an update; None, with a note, where they are not counted.
+) -> tuple[float | None, float | None]:
+    """Floating-point operations that a token takes in all passes of an update, and bytes that a pass keeps of it for the way back; None,
+    with a note, where they are not counted.
 
     model: the caller's, whole and on one device.
     """
     asked, many = spec.flops is not None, getattr(optimizer, "passes", 1)
     sharded = any(distribution.is_sharded(one) for group in optimizer.param_groups for one in group["params"])
 
-    def count() -> tuple[float | None, str]:
+    def count() -> tuple[list[float] | None, str]:
         if sharded and not asked:
             return None, "a sharded model would have to be computed whole"
         before, device = copy.deepcopy(live.state_dict()), next(model.parameters()).device
@@ -257,15 +261,15 @@ def _per_token(
         finally:
             live.load_state_dict(before)
         told = f"counted on {found.tokens} tokens, each document alone, {many} pass{'' if many == 1 else 'es'} an update"
-        return many * found.per_token or None, told
+        return [many * found.per_token, found.kept] if found.per_token else None, told
 
-    found = context.decide("flops_per_token", count)
+    found = context.decide("per_token", count)
     if found is None:
-        why = context.decisions()["flops_per_token"]["reason"]
+        why = context.decisions()["per_token"]["reason"]
         if asked:
             raise Problem(f"the operations of an update cannot be counted ({why}); give the length in updates or tokens", ("flops",))
         context.note(f"floating-point operations are not counted: {why}")
-    return found
+    return tuple(found) if found else (None, None)
 
 
 def _updates(spec: Learning, plan: Plan, per_token: float | None, context: Context) -> int | None:
@@ -425,8 +429,8 @@ def _link(source: str, target: str) -> None:
         shutil.copy2(source, target)
 
 
-def _figures(history: History, held: int, per_token: float | None) -> dict[str, Figure]:
-    """Figures of a run: its last losses, how much it saw, and what that took. per_token: operations."""
+def _figures(history: History, held: int, trained: int, per_token: float | None, kept: float | None) -> dict[str, Figure]:
+    """Figures of a run: its last losses, how much it saw, how much it trained, and what that took. per_token: operations. kept: bytes."""
     losses = [row["loss"] for row in history.rows if "loss" in row]
     last = losses[-max(1, len(losses) // 20) :]
     found = {"train_loss": Figure(sum(last) / len(last), n=len(last), unit="nats", better="lower")}
@@ -436,4 +440,7 @@ def _figures(history: History, held: int, per_token: float | None) -> dict[str, 
     found |= {"updates": Figure(history.updates, unit="updates"), "tokens": Figure(history.tokens, unit="tokens")}
     if per_token is not None:
         found["flops"] = Figure(per_token * history.tokens, unit="FLOP")
+    found["trained_parameters"] = Figure(trained, unit="parameters")
+    if kept is not None:
+        found["kept_per_token"] = Figure(kept, unit="bytes", better="lower")
     return {**found, "training_seconds": Figure(history.seconds, unit="s")}

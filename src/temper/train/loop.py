@@ -69,6 +69,7 @@ def train(
     on_keep: Callable[[str, Path], None] | None = None,
     average: Averaging | None = None,
     anchor: Anchoring | None = None,
+    after: Callable[[Progress], None] | None = None,
     spread: Spread | None = None,
 ) -> History:
     """Trains `model` in place for `updates` updates, or for `budget` seconds, going on from the newest whole checkpoint in `context.work`.
@@ -79,7 +80,8 @@ def train(
     progress before each update and kept in checkpoints. clip: greatest global norm of the gradient of the mean loss, or None.
     evaluate: called every `evaluate_every` updates and after the last, in evaluation mode without gradients; its figures join the
     curve. average: of the weights after every update; evaluated, kept, and left in the model at the end. anchor: a term on the
-    parameters beside the loss. spread: the model over the processes of `context.world`; None: this process alone.
+    parameters beside the loss. after: called after every update with the progress so far, while the parameters hold the gradients of the
+    update's last pass. spread: the model over the processes of `context.world`; None: this process alone.
 
     A checkpoint is written every `checkpoint_every` updates, `checkpoint_seconds` after the last, and at the end. `keep` names
     updates whose model stays in `context.work/kept/<name>`, filled by `on_keep(name, folder)` where given, else with what was
@@ -149,6 +151,8 @@ def train(
             closure = Closure(spread, loss, optimizer, update, pieces, stream, clip, precision, anchor, context.work / "failed")
             saved.staged()  # the last checkpoint's copy is whole before a weight changes
             optimizer.step(closure)
+            if after is not None:
+                after(Progress(update + 1, whole, history.tokens + tokens))
             if average is not None:
                 average.update(parameters, min(1.0, (update + 1) / whole))
             if update == history.resumed:

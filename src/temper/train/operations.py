@@ -1,4 +1,4 @@
-"""How many floating-point operations training takes, counted once a run."""
+"""How many floating-point operations training takes, and what it keeps for the backward pass, counted once a run."""
 
 from __future__ import annotations
 
@@ -24,9 +24,11 @@ _LOGITS = 2**27  # held at a time, at most
 
 @dataclasses.dataclass(frozen=True)
 class Operations:
-    """What a pass takes a token, on the average of `documents` with so many `tokens`."""
+    """What a pass takes a token, on the average of `documents` with so many `tokens`. kept: bytes that wait for the backward pass, by the
+    model's own code, weights and buffers left out."""
 
     per_token: float
+    kept: float
     documents: int
     tokens: int
 
@@ -49,12 +51,14 @@ def operations(
     from torch.utils.flop_counter import FlopCounterMode
 
     some = _some([one for batch in batches for one in _alone(batch, paired)])
+    kept = 0
     with FlopCounterMode(display=False, custom_mapping=_attention()) as counter:
         for one in some:
-            with _whole_logits(model, one.targets):
+            with _whole_logits(model, one.targets), _keeping(model) as held:
                 passes(model, loss, [one], precision, forward_only=forward_only)
+            kept += sum(held.values())
     tokens = sum(one.tokens for one in some)
-    return Operations(counter.get_total_flops() / tokens, len(some), tokens)
+    return Operations(counter.get_total_flops() / tokens, kept / tokens, len(some), tokens)
 
 
 def _alone(batch: Batch, paired: bool) -> Iterator[Batch]:
@@ -94,6 +98,22 @@ def _some(documents: Sequence[Batch]) -> list[Batch]:
     """About `_TOKENS` tokens of them, `_DOCUMENTS` at most, evenly spaced in the order of their keys; one at least."""
     count = max(1, min(_DOCUMENTS, _TOKENS * len(documents) // sum(one.tokens for one in documents)))
     return sorted(documents, key=lambda one: one.keys[0])[:: -(-len(documents) // count)]
+
+
+@contextmanager
+def _keeping(model: Any) -> Iterator[dict[int, int]]:
+    """Storage -> bytes of what autograd keeps within, each once; the model's own are left out."""
+    own = {one.untyped_storage().data_ptr() for one in itertools.chain(model.parameters(), model.buffers())}
+    held: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            held[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield held
 
 
 @contextmanager

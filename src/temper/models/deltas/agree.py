@@ -40,7 +40,9 @@ def put_on(model: nn.Module, given: Artefact, kind: str, spec: Any, slots: Live,
     """
     if is_adapted(model) and slots.base.continues:
         context.note(agree(model, spec.where, spec.delta, settings(type(spec))["delta"].default))
-    model = prepare(model, slots.where, slots.delta, slots.init, slots.base, seed=context.stream("init").seed())
+    budget = slots.budget if "budget" in slots else None
+    seed = context.stream("init").seed()
+    model = prepare(model, slots.where, slots.delta, slots.init, slots.base, seed=seed, budget=budget)
     if kind == "adapter":
         if given.passport.quantised:
             context.note(

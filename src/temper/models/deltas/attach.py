@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from temper.lazy import nn, peft, torch
 from temper.models.deltas.base import Base
@@ -13,30 +13,36 @@ from temper.models.deltas.init import Init, first_factors, low_rank_layers
 from temper.models.deltas.where import Where
 from temper.parts import Problem
 
+if TYPE_CHECKING:
+    from temper.models.deltas.budget import Budget
+
 
 def is_adapted(model: nn.Module) -> bool:
     """Whether the model carries a peft adapter."""
     return isinstance(model, peft.PeftModel)
 
 
-def prepare(model: nn.Module, where: Where | None, delta: Delta, init: Init, base: Base, *, seed: int) -> nn.Module:
+def prepare(
+    model: nn.Module, where: Where | None, delta: Delta, init: Init, base: Base, *, seed: int, budget: Budget | None = None
+) -> nn.Module:
     """The model to train: `base` first, then the delta; or, where an adapter goes on, the model with that adapter.
 
     Raises `Problem` where an adapter would go on under delta `full`.
     """
     model = base(model)
     if not is_adapted(model):
-        return attach(model, where, delta, init, seed=seed)
+        return attach(model, where, delta, init, seed=seed, budget=budget)
     if delta.kind != "adapter":
         raise Problem("the model carries an adapter, which cannot go on under a delta that trains the weights; use base `merged`")
     return continue_adapter(model)
 
 
-def attach(model: nn.Module, where: Where | None, delta: Delta, init: Init, *, seed: int) -> nn.Module:
+def attach(model: nn.Module, where: Where | None, delta: Delta, init: Init, *, seed: int, budget: Budget | None = None) -> nn.Module:
     """Puts a delta on a plain model. Returns the model to train: a `PeftModel`, or `model` itself under `full`.
 
     where: None for the delta's usual places. seed: of the delta's random start; torch's global generator is left
-    alone. Constraints on the base (masks, grids) hold over the adapter: it computes with P(W + delta).
+    alone. budget: settles the delta's configuration before it is put on. Constraints on the base (masks, grids) hold over the
+    adapter: it computes with P(W + delta).
     """
     from temper.models.parametrizations import cover_adapters
 
@@ -46,8 +52,19 @@ def attach(model: nn.Module, where: Where | None, delta: Delta, init: Init, *, s
     device = next(model.parameters()).device
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
-        model = delta(model, modules, init)
+        model = delta(model, modules, init if budget is None else _within(budget, init))
     return cover_adapters(model)
+
+
+def _within(budget: Budget, init: Init) -> Init:
+    """An init whose delta is what a budget leaves of it."""
+
+    def start(model: nn.Module, config: Any, wrap: Any) -> nn.Module:
+        if config is None:
+            raise Problem("a budget shares out what an adapter trains, and this delta trains the weights; leave `budget` out", ("budget",))
+        return init(model, budget.settle(model, config), wrap)
+
+    return start
 
 
 def continue_adapter(model: nn.Module) -> nn.Module:
@@ -66,6 +83,7 @@ def merge(model: nn.Module) -> nn.Module:
     Constraints on the base stay and hold: a constrained weight becomes P(W + delta). Raises `Problem` on adapters that
     are no change of weights (soft prompts), that bypass a constraint, or whose numbers are not finite.
     """
+    from temper.models.nf4 import dequantise
     from temper.models.parametrizations import check_covered
 
     if not is_adapted(model):
@@ -75,6 +93,7 @@ def merge(model: nn.Module) -> nn.Module:
     kinds = [config.peft_type.value for config in inner.peft_config.values() if config.is_prompt_learning]
     if kinds:
         raise Problem(f"a {kinds[0]} adapter is no change of weights and cannot be merged; keep it as an adapter")
+    dequantise(model)  # a base held in NF4: merged into the values that it computed with
     try:
         merged = inner.merge_and_unload(safe_merge=True)
     except ValueError as error:
