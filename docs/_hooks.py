@@ -7,6 +7,7 @@ Also fills the navigation's `Guarantees` with the pages of docs/guarantees, in t
 from __future__ import annotations
 
 import html
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from mkdocs.structure.files import File, Files
 
 from temper import methods, parts
 from temper.papers import cards, papers
+from temper.report import plots
 
 
 def on_config(config: Any) -> Any:
@@ -37,8 +39,43 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Puts the cards where a page asks for them."""
-    return markdown.replace("<!-- cards -->", _cards()) if "<!-- cards -->" in markdown else markdown
+    """Puts the cards where a page asks for them: `<!-- cards -->` all in a table, `<!-- card tune.lora -->` one with its arms."""
+    markdown = markdown.replace("<!-- cards -->", _cards()) if "<!-- cards -->" in markdown else markdown
+    return re.sub(r"<!-- card ([\w-]+)\.([\w-]+) -->", lambda found: _card(*found.groups()), markdown)
+
+
+def _card(engine: str, method: str) -> str:
+    """A card: its question and finding, the arms by its main figure as a chart, and all their figures as a table."""
+    found = next((one for one in cards() if (one["engine"], one["method"]) == (engine, method)), None)
+    if found is None:
+        raise ValueError(f"no card {engine}.{method}; a page asks for it")
+    main, *_ = names = list(next(iter(found["arms"].values()))["figures"])
+    better = found["arms"][found["baselines"][0]]["figures"][main]["better"]
+    arms = sorted(found["arms"].items(), key=lambda one: one[1]["figures"][main]["value"] * (1 if better == "lower" else -1))
+    spans = [
+        plots.Span(name, _told(one["figures"][main]), one["figures"][main]["value"], one["figures"][main]["low"], one["figures"][main]["high"])
+        for name, one in arms
+    ]
+    chart = str(plots.spans(f"{main} of every arm, with its interval", spans, found["arms"][arms[0][0]]["figures"][main]["unit"]))
+    tuned = sorted({key for one in found["arms"].values() for key in one.get("tuned", {})})
+    rows = [
+        [
+            name,
+            *(_told(one["figures"][figure]) for figure in names),
+            f"{one['costs']['seconds']:.3g} s",
+            *(parts.shown(one.get("tuned", {}).get(key, "")) for key in tuned),
+        ]
+        for name, one in arms
+    ]
+    table = _table(["arm", *names, "training", *(key.rpartition(".")[2] for key in tuned)], rows)
+    told = f"**{_cell(found['verdict'][:1].upper() + found['verdict'][1:])}.** {_cell(found['finding'])}"
+    return f'{_cell(found["experiment"])}\n\n{told}\n\n<div class="chart">{chart}</div>\n\n{table}'
+
+
+def _told(figure: dict[str, Any]) -> str:
+    """A value with its interval."""
+    ends = f" [{figure['low']:.3g}, {figure['high']:.3g}]" if figure["low"] is not None else ""
+    return f"{figure['value']:.4g}{ends}"
 
 
 def _cards() -> str:

@@ -26,15 +26,20 @@ _ENCODER_DECODER = re.compile(
 )
 
 
-FAMILIES = ("causal", "masked", "encoder-decoder")
-"""How models predict; see `family`."""
+_ENDINGS = {"ForMaskedLM": "masked", "ForSequenceClassification": "classifier", "ForTokenClassification": "classifier"}
+
+LANGUAGE = ("causal", "masked", "encoder-decoder")
+"""How models predict text; see `family`."""
+FAMILIES = (*LANGUAGE, "classifier")
+"""How models predict."""
 
 
 def family(architecture: str | None) -> str:
-    """How a model of this class predicts: `masked`, what is hidden from it; `encoder-decoder`, a second text; else `causal`, the next
-    token."""
+    """How a model of this class predicts: `masked`, what is hidden from it; `encoder-decoder`, a second text; `classifier`, a label of a
+    text or of each of its words; else `causal`, the next token."""
     name = architecture or ""
-    return "masked" if name.endswith("ForMaskedLM") else "encoder-decoder" if _ENCODER_DECODER.fullmatch(name) else "causal"
+    found = next((kind for ending, kind in _ENDINGS.items() if name.endswith(ending)), None)
+    return found or ("encoder-decoder" if _ENCODER_DECODER.fullmatch(name) else "causal")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,9 +108,17 @@ class Input:
         if (found := family(passport.architecture)) not in self.families:
             raise Problem(
                 f"takes {' or '.join(self.families)} models; {passport.origin or 'what is given'} is {found} ({passport.architecture}) and "
-                "does not write from left to right; train it with `pretrain` or `tune`, or give a causal one",
+                f"{_UNLIKE[found]}, or give a causal one",
                 (role,),
             )
+
+
+_UNLIKE = {
+    "causal": "writes from left to right",
+    "masked": "does not write from left to right; train it with `pretrain` or `tune`",
+    "encoder-decoder": "does not write from left to right; train it with `pretrain` or `tune`",
+    "classifier": "gives labels, not text; train it with `tune`, measure it with `evaluate`",
+}
 
 
 @dataclasses.dataclass(frozen=True)

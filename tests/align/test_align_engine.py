@@ -102,7 +102,7 @@ def test_either_layout_of_the_pairs_trains_the_same_policy(tmp_path, policy, pai
         output, context = aligned(tmp_path / way, Align(**SHORT, evaluate_every=6), policy, pairs_data)
         assert context.decisions()["pairs"]["value"] == way
         found[way] = (
-            {name: figure.value for name, figure in output.figures.items() if figure.unit not in ("s", "FLOP")},
+            {name: figure.value for name, figure in output.figures.items() if figure.unit not in ("s", "FLOP", "bytes")},
             [row["loss"] for row in context.curve() if "loss" in row],
         )
     (one, losses), (two, others) = found.values()

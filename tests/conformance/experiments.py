@@ -22,19 +22,25 @@ from temper.evaluate.fit import Fitting
 from temper.evaluate.records import Sums, ratio
 from temper.evaluate.subject import Subject
 from temper.models import io
-from temper.models.deltas import attach
-from temper.models.deltas.delta import Lora
+from temper.models.classifiers import scores
+from temper.models.deltas import attach, trainable_parameters
+from temper.models.deltas.delta import Entries, Full, Lora, LowRankExperts, PromptTuning, SideLadder, SvdTriplet, TriFactor
 from temper.models.deltas.init import Default
+from temper.models.deltas.where import AllLinear
 from temper.models.grids import Integer, ranges
+from temper.models.nf4 import layers
+from temper.models.statistics import Statistics
 from temper.quantize.engine import Quantize
 from temper.quantize.layer import Layer
 from temper.quantize.range import MinMax
 from temper.study.significance import Evidence
 from temper.tasks.files import HUB
 from temper.tasks.rows import Rows
-from temper.train.batching import Batch
+from temper.train.anchors import Anchor
+from temper.train.batching import Batch, collate
 from temper.train.examples import encode
-from temper.train.objectives import Causal, Sum
+from temper.train.objectives import Causal, Sum, added
+from temper.tune.head import Linear
 
 
 def drawn(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -51,8 +57,10 @@ def schedule(live: Any, world: World) -> Any:
 
 
 def optimizer(live: Any, world: World) -> Any:
-    """Four updates of a matrix and a vector that a parabola pulls."""
+    """Four updates of a matrix below a model's blocks and a vector after them, which a parabola pulls."""
     held = [torch.nn.Parameter(drawn(3, 4)), torch.nn.Parameter(drawn(4, seed=1))]
+    model = live.context.want("model")
+    model.below, model.above = held[0], torch.nn.ParameterList(held[1:])
     descend(live.build(held), held, 4)
     return [one.detach() for one in held]
 
@@ -81,9 +89,10 @@ def average(live: Any, world: World) -> Any:
 
 
 def anchor(live: Any, world: World) -> Any:
-    """The term and its gradient, one step away from where it was first asked for."""
-    held = [torch.nn.Parameter(drawn(3, 4)), torch.nn.Parameter(drawn(4, seed=1))]
-    for one in held:
+    """The term and its gradient, one step away from where it was first asked for, on what a delta trains."""
+    held = list(trainable_parameters(live.context.want("model")).values())
+    for place, one in enumerate(held):
+        one.data = drawn(*one.shape, seed=place).to(one.device)
         one.grad = torch.zeros_like(one)
     values = [live(held, 2.0)]
     with torch.no_grad():
@@ -93,10 +102,35 @@ def anchor(live: Any, world: World) -> Any:
 
 
 def objective(live: Any, world: World) -> Any:
-    """A loss of a model and two batches, texts and answers, and its gradient."""
-    model = world.fresh()
-    found = [live(model, world.batch(shape)) for shape in ("text", "completion")]
+    """A loss of a model and two batches, texts and answers, and its gradient; of a loss that asks for rows of its own, of such."""
+    model, own = world.fresh(), answers(live.part, world)
+    batches = [world.batch(shape) for shape in ("text", "completion")]
+    if own is not None:
+        batches = [collate(own[:6]).to(DEVICE)]
+    if own is not None and labels(live.part):
+        model = Linear().put(model, own, world.tokenizer, 0)
+    if parts.mark_of(live.part).name == "load-balance":
+        model, live = live.context.want("model"), added([Causal(), live])
+    found = [live(model, batch) for batch in batches]
     return {"losses": [(one.total.detach(), one.count) for one in found], "gradient": gradient(model, found)}
+
+
+def labels(part: Any) -> bool:
+    """Whether a loss trains a model with a head."""
+    return "classifier" in getattr(part, "families", ())
+
+
+def answers(part: Any, world: World) -> Any:
+    """Questions as a loss asks for them, with a label for each or under its prefixes; None where it takes any."""
+    given = world.given("completion")
+    prefixes = [getattr(part, name, None) for name in ("label", "rationale")]
+    if labels(part):
+        rows = [{**row, "completion": f" {'even' if n % 2 else 'odd'}"} for n, row in enumerate(given.rows)]
+    elif all(prefixes):
+        rows = [{**row, "prompt": f"{prefixes[n % 2]} {row['prompt']}"} for n, row in enumerate(given.rows)]
+    else:
+        return None
+    return encode(dataclasses.replace(given, rows=rows), world.tokenizer, max_length=None)
 
 
 def gradient(model: Any, sums: list[Sum]) -> list[torch.Tensor]:
@@ -122,22 +156,77 @@ def feed(live: Any, world: World) -> Any:
 
 
 def where(live: Any, world: World) -> Any:
-    return live(world.fresh())
+    return live(world.deep() if "last" in parts.settings(type(live.part)) else world.fresh())
 
 
 def delta(live: Any, world: World) -> Any:
-    return trained(attach(world.fresh(), None, live, Default(), seed=0), world.batch())
+    settings = parts.settings(type(live.part))
+    model = world.deep() if "skip" in settings or "adapter_layers" in settings else world.fresh()
+    if "bias" in settings:  # which says something of layers that have one
+        for module in model.get_submodule("model.layers").modules():
+            if isinstance(module, torch.nn.Linear):
+                module.bias = torch.nn.Parameter(0.1 * drawn(module.out_features).to(DEVICE))
+    return trained(attach(model, None, live, Default(), seed=0), world.batch())
 
 
 def init(live: Any, world: World) -> Any:
-    model = attach(world.fresh(), None, Lora(rank=4), live, seed=0)
+    if parts.mark_of(live.part).name == "reinit-top":
+        model = attach(world.deep(), None, Full(), live, seed=0)
+    elif parts.mark_of(live.part).name == "first-update":
+        model = attach(world.fresh(), None, TriFactor(rank=4), live, seed=0)
+    elif parts.mark_of(live.part).name == "pruned-copy":
+        model = attach(world.fresh(), None, SideLadder(shrink=4), live, seed=0)
+    elif parts.mark_of(live.part).name == "vocabulary":
+        model = attach(world.fresh(), None, PromptTuning(num_virtual_tokens=4), live, seed=0)
+    else:
+        model = attach(world.fresh(), None, Lora(rank=4), live, seed=0)
     start = {name: one.detach().clone() for name, one in model.named_parameters() if one.requires_grad}
     return {"start": start, "trained": trained(model, world.batch())}
 
 
+def route(live: Any, world: World) -> Any:
+    return live(drawn(6, 4))
+
+
+def budget(live: Any, world: World) -> Any:
+    """A delta as a budget settles it, and what is left of it after eight updates of twelve."""
+    of = {"sensitivity-cubic": SvdTriplet(rank=4), "structured-if-dense": Entries(by="random", count=300)}
+    delta = of.get(parts.mark_of(live.part).name, Lora(rank=4))
+    model = attach(world.fresh(), None, delta, Default(), seed=0, budget=live)
+    live.context.give("model", model)
+    held, batch = trainable_parameters(model), world.batch()
+    optimizer = torch.optim.AdamW(held.values(), lr=0.01)
+    for update in range(8):
+        optimizer.zero_grad()
+        Causal()(model, batch).mean.backward()
+        optimizer.step()
+        live.after(parts.Progress(update + 1, 12))
+    return {name: one.detach() for name, one in held.items()}
+
+
 def base(live: Any, world: World) -> Any:
-    """What becomes of a model with an adapter."""
-    return sorted(name for name, _ in live(io.load_model(world.adapter)).named_parameters())
+    """What becomes of a model with an adapter, and what is said of what leaves."""
+    model = live(io.load_model(world.adapter))
+    held = {name: one.packed.floats() for name, one in layers(model)}
+    said = {"numbers": live.numbers, "whole": live.whole, "compared": live.compared}
+    return {"names": sorted(name for name, _ in model.named_parameters()), "held": held, **said}
+
+
+def head(live: Any, world: World) -> Any:
+    """A model under a head for the labels of words, and what it says."""
+    given = world.given("completion")
+    rows = [{**row, "completion": " ".join(f"w{n % 3}" for n, _ in enumerate(row["prompt"].split()))} for row in given.rows]
+    examples = encode(dataclasses.replace(given, rows=rows), world.tokenizer, max_length=None)
+    made = live(world.fresh(), examples, world.tokenizer).eval()
+    config = made.config.to_dict()
+    told = {name: config.get(name) for name in ("architectures", "id2label", "classifier_dropout", "classifier_pooling")}
+    with torch.no_grad():
+        return {"config": {name: str(value) for name, value in told.items()}, "said": scores(made, [[3, 4, 5], [6, 7]], [[0, 2], [1]])}
+
+
+def surgery(live: Any, world: World) -> Any:
+    with torch.no_grad():
+        return live(world.fresh())(**world.batch().inputs).logits
 
 
 def trained(model: Any, batch: Batch) -> Any:
@@ -147,10 +236,11 @@ def trained(model: Any, batch: Batch) -> Any:
         torch.manual_seed(0)
         model.train()
         for _ in range(2):
-            steps = torch.autograd.grad(Causal()(model, batch).mean, list(held.values()))
+            steps = torch.autograd.grad(Causal()(model, batch).mean, list(held.values()), allow_unused=True)
             with torch.no_grad():
                 for one, step in zip(held.values(), steps):
-                    one -= 0.1 * step
+                    if step is not None:  # of a module that was dropped
+                        one -= 0.1 * step
     with torch.no_grad():
         return {"held": {name: list(one.shape) for name, one in held.items()}, "logits": model.eval()(**batch.inputs).logits}
 
@@ -336,12 +426,24 @@ def significance(live: Any, world: World) -> Any:
 
 
 class Tried(parts.LiveSlot):
-    """A slot with one part in it. `part`: the part itself."""
+    """A slot with one part in it. `part`: the part itself; `context`: with what skeletons give."""
 
     def __init__(self, question: parts.Question, part: Any, world: World):
         context = world.context()
         if "reference" in parts.mark_of(part).needs:
             given = world.given("completion")
             context.give("reference", Subject("reference", world.fresh(), world.tokenizer, given, Evaluate(), context, "reference"))
+        if question.protocol is Anchor:
+            context.give("model", attach(world.fresh(), None, SvdTriplet(rank=2), Default(), seed=0))
+        model, shapes = context.want("model"), ("text", "completion")
+        usual = AllLinear()(world.fresh())
+        for name in ("statistics", "general_statistics"):
+            context.give(name, Statistics(model, lambda: usual, lambda: [world.batch(shape) for shape in shapes], Causal()))
+        if (own := answers(part, world)) is not None:
+            context.give("examples", own)
+            if labels(part):
+                context.give("model", Linear().put(world.fresh(), own, world.tokenizer, 0))
+        if parts.mark_of(part).name == "load-balance":
+            context.give("model", attach(world.fresh(), None, LowRankExperts(), Default(), seed=0))
         super().__init__("tried", part, question, context.at("tried"))
-        self.part = part
+        self.part, self.context = part, context

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import experiments
+from adapters import ADAPTERS, IDLE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,7 +111,7 @@ SLOTS: dict[str, Slot] = {
     "temper.train.optimizers": Slot(
         experiments.optimizer,
         {
-            "adamw": Row({"lr": 0.1, "betas": [0.5, 0.9], "eps": 0.1, "weight_decay": 0.5}),
+            "adamw": Row({"lr": 0.1, "betas": [0.5, 0.9], "eps": 0.1, "weight_decay": 0.5, "bias_correction": False}),
             "sgd": Row({"lr": 0.1, "momentum": 0.5, "nesterov": True, "weight_decay": 0.5}),
             "adafactor": Row({"lr": 0.1, "decay": -0.5, "eps": 10.0, "clip": 2.0, "weight_decay": 0.5}),
             "muon": Row({"lr": 0.1, "momentum": 0.5, "betas": [0.5, 0.9], "weight_decay": 0.5}),
@@ -122,14 +123,24 @@ SLOTS: dict[str, Slot] = {
             "galore": Row(
                 {"lr": 0.1, "rank": 1, "gap": 2, "scale": 1.0, "betas": [0.5, 0.9], "eps": 0.1, "weight_decay": 0.5}, {"rank": 2}
             ),
+            "layerwise-decay": Row({"base": "adamw", "rate": 0.5}, {"base": "sgd"}),
             "sam": Row({"base": "adamw", "rho": 0.5, "adaptive": True}, {"base": "sgd"}),
             "mezo": Row({"base": "adamw", "epsilon": 0.5, "estimator": "sign", "sparsity": 0.5}),
         },
     ),
     "temper.train.averages": Slot(experiments.average, {"ema": Row({"decay": 0.5}), "tail": Row({"share": 0.5})}),
-    "temper.train.anchors": Slot(experiments.anchor, {"l2": Row({"strength": 0.5})}),
+    "temper.train.anchors": Slot(
+        experiments.anchor,
+        {"l2": Row({"strength": 0.5}), "orthogonal": Row({"strength": 0.5}), "fisher": Row({"strength": 1.0, "samples": 2})},
+    ),
     "temper.train.objectives": Slot(experiments.objective, OBJECTIVES),
-    "temper.tune.loss": Slot(experiments.objective, OBJECTIVES),
+    "temper.tune.loss": Slot(
+        experiments.objective,
+        {**OBJECTIVES, "label": FIXED, "load-balance": Row({"weight": 0.5}),
+            "rationale": Row({"weight": 0.5, "label": "[answer]", "rationale": "[because]"})},
+    ),
+    "temper.tune.head": Slot(experiments.head, {"linear": Row({"pool": "max"}), "token-linear": Row({"dropout": 0.5})}),
+    "temper.tune.surgery": Slot(experiments.surgery, {"bidirectional": FIXED}),
     "temper.train.batching": Slot(
         experiments.batching,
         {
@@ -155,18 +166,54 @@ SLOTS: dict[str, Slot] = {
             "attention": FIXED,
             "mlp": FIXED,
             "everything": FIXED,
+            "layers": Row({"last": 2, "of": "attention"}, {"last": 1}),
             "names": Row({"patterns": ["layers.*.v_proj", "up_proj"]}, {"patterns": ["q_proj"]}),
+            "sensitive-weights": Row({"share": 0.5, "samples": 1, "of": "attention"}, {"share": 0.002}),
         },
     ),
     "temper.models.deltas.delta": Slot(
         experiments.delta,
-        {"full": FIXED, "lora": Row({"rank": 4, "alpha": 4.0, "dropout": 0.5, "rank_stabilized": True, "dora": True})},
+        {
+            "full": FIXED,
+            "lora": Row({"rank": 4, "alpha": 4.0, "dropout": 0.5, "rank_stabilized": True, "dora": True}),
+            "svd-triplet": Row({"rank": 4, "alpha": 4.0, "dropout": 0.5}),
+            "entries": Row({"by": "random", "share": 0.05, "count": 100, "samples": 1}),
+            "tri-factor": Row({"rank": 8, "scale": 2.0}, {"rank": 4}),
+            "low-rank-experts": Row(
+                {"experts": 2, "rank": 4, "alpha": 4.0, "dropout": 0.5, "route": {"token-top1": {"scaled": False}}}, {"rank": 2}
+            ),
+            **{
+                name: Row({key: Change(one, () if (name, key) in IDLE else None, beside=more.get(key, {})) for key, one in given.items()}, small)
+                for name, (given, small, more) in ADAPTERS.items()
+            },
+            "side-ladder": Row({"shrink": 8, "temperature": 1.0, "alpha": 0.1, "skip": [1], "join": "add"}, {"shrink": 4, "alpha": 0.05}),
+        },
     ),
     "temper.models.deltas.init": Slot(
         experiments.init,
-        {"default": FIXED, "gaussian": FIXED, "olora": FIXED, "pissa": Row({"iterations": 1})},
+        {"first-update": Row({"samples": 1, "rate": 0.1, "sign": False}, {"rate": 0.01}),
+         "default": FIXED, "gaussian": FIXED, "olora": FIXED, "pissa": Row({"part": "bottom", "iterations": 1}), "reinit-top": Row({"last": 2}),
+         "random": FIXED, "orthogonal": FIXED, "mica": FIXED, "corda": Row({"keep": "bottom", "samples": 1}), "eva": Row({"samples": 1}),
+         "lora-ga": Row({"samples": 1, "gamma": 4.0}),
+         "vocabulary": Row({"words": ["sort"], "most": 50}),
+         "pruned-copy": Row({"score": "fisher", "samples": Change(1, beside={"score": "fisher"})})},
     ),
-    "temper.models.deltas.base": Slot(experiments.base, {"as-loaded": FIXED, "merged": FIXED}),
+    "temper.models.deltas.budget": Slot(
+        experiments.budget,
+        {
+            "sensitivity-cubic": Row(
+                {"target": 1, "warmup": 0.5, "final": 0.8, "interval": 1, "betas": [0.5, 0.5]},
+                {"target": 2, "interval": 2, "warmup": 0.1},
+            ),
+            "explained-variance": Row({"rho": 1.0, "samples": 2}),
+            "structured-if-dense": Row({"rank": 2, "ratio": 5.0, "scale": 2.0}, {"rank": 1, "ratio": 2.0}),
+        },
+    ),
+    "temper.models.deltas.route": Slot(experiments.route, {"token-top1": Row({"scaled": False})}),
+    "temper.models.deltas.base": Slot(
+        experiments.base,
+        {"as-loaded": FIXED, "merged": FIXED, "nf4": Row({"block": 32, "double": False, "merge": "dequantised", "compared": 4})},
+    ),
     "temper.models.grids": Slot(
         experiments.grid,
         {"integer": Row({"bits": 3, "group": "none", "symmetric": False}), "nf4": Row({"group": 16})},
@@ -218,6 +265,26 @@ SLOTS: dict[str, Slot] = {
                 },
                 {"source": {"file": {"path": "text.jsonl", "holdout": 0.25}}, "count": 10, "test_count": 5, "choices": 4, "context": 40},
             ),
+            "docstrings": Row(
+                {"classes": 3, "count": 12, "test_count": 6, "shortest": 40, "longest": 80, "holdout": 0.5, "seed": 1},
+                {"classes": 2, "count": 10, "test_count": 4},
+            ),
+            "tags": Row(
+                {
+                    "source": {"file": {"path": "text.jsonl", "holdout": 0.5}},
+                    "count": 12,
+                    "test_count": 1,
+                    "shortest": 7,
+                    "longest": 7,
+                    "holdout": 0.3,
+                    "seed": 1,
+                },
+                {"source": {"file": {"path": "text.jsonl", "holdout": 0.25}}, "count": 10, "test_count": 2, "holdout": 0.5},
+            ),
+            "rationales": Row(
+                {"source": {"task": {"task": "brackets", "count": 6, "test_count": 3}}, "label": "[answer]", "rationale": "[because]"},
+                {"source": {"task": {"task": "arithmetic", "count": 6, "test_count": 3}}},
+            ),
             "halves": Row(
                 {"source": {"file": {"path": "other.jsonl"}}, "split": 1, "swapped": True},
                 {"source": {"file": {"path": "text.jsonl", "holdout": 0.25}}},
@@ -228,13 +295,13 @@ SLOTS: dict[str, Slot] = {
     "temper.tasks.verifiable": Slot(
         experiments.task,
         {
-            "sort-letters": Row({"shortest": 2, "longest": 9, "alphabet": "xyz", "words": ["here", "there"]}),
+            "sort-letters": Row({"shortest": 2, "longest": 9, "alphabet": "xyz", "words": ["here", "there"], "descending": True}),
             "sort-words": Row({"shortest": 2, "longest": 6, "words": ["a", "b", "c", "d", "e", "f"]}, {"shortest": 3, "longest": 5}),
             "sort-numbers": Row({"shortest": 2, "longest": 6, "digits": 3}),
             "reverse-letters": Row({"shortest": 2, "longest": 9, "alphabet": "xyz", "words": ["here", "there"]}),
             "reverse-words": Row({"shortest": 2, "longest": 6, "words": ["a", "b", "c", "d", "e", "f"]}, {"shortest": 3, "longest": 5}),
             "arithmetic": Row({"digits": 3, "operation": "-", "working": True}),
-            "brackets": Row({"shortest": 2, "longest": 16, "kinds": 1, "depth": 2}),
+            "brackets": Row({"shortest": 2, "longest": 16, "kinds": 1, "depth": 2, "working": True}),
             "instructions": Row({"skills": ["sort", "add"], "marks": 1, "shortest": 2, "longest": 9, "alphabet": "xyz"}),
         },
     ),

@@ -139,6 +139,10 @@ class World:
         """The model, loaded anew, to be changed at will."""
         return io.load_model(self.model, device=DEVICE).requires_grad_(True)
 
+    def deep(self) -> Any:
+        """A model like it with two blocks, not trained, to be changed at will."""
+        return Llama(hidden=32, layers=2, heads=2, feed_forward=64, positions=96, deviation=0.3)(self.tokenizer, 1).to(DEVICE)
+
     # ------------------------------------------------------------------------------------------------------- data
 
     @functools.cached_property

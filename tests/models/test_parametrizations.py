@@ -410,7 +410,7 @@ def test_adapter_refusals() -> None:
         wrapped(tokens(), adapter_names=["default", "__base__"])
     with pytest.raises(Problem, match="DoraLinearVariant"):
         cover_adapters(lora(constrained(), use_dora=True))
-    with pytest.raises(Problem, match=r"loha\.Linear.*only LoRA"):
+    with pytest.raises(Problem, match=r"loha\.Linear.*does not keep its constraint"):
         cover_adapters(get_peft_model(constrained(), LoHaConfig(r=2, target_modules=["q_proj"])))
     with pytest.raises(Problem, match=r"dropout 0\.1 on a quantised weight"):
         cover_adapters(lora(constrained("int4"), dropout=0.1))

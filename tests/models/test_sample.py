@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from peft import PromptTuningConfig, get_peft_model
+from peft import CPTConfig, get_peft_model
 from transformers import AutoModelForCausalLM, GPT2Config, MambaConfig, MistralConfig
 
 from temper.models.deltas import attach
@@ -183,8 +183,8 @@ def test_models_that_the_cache_does_not_hold(tiny):
     model.config.layer_types = ["full_attention", "linear_attention"]
     with pytest.raises(Problem, match="and this model has linear_attention layers"):
         sample(model, [[4]], max_new_tokens=2, temperature=0)
-    prompted = get_peft_model(tiny(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
-    with pytest.raises(Problem, match="virtual tokens of a prompt-learning adapter"):
+    prompted = get_peft_model(tiny(), CPTConfig(task_type="CAUSAL_LM", cpt_token_ids=[3], cpt_mask=[1], cpt_tokens_type_mask=[1]))
+    with pytest.raises(Problem, match="the virtual tokens of a CPT adapter"):
         sample(prompted, [[4]], max_new_tokens=2, temperature=0)
 
 

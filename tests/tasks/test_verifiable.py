@@ -33,6 +33,7 @@ TASKS += [
     Instructions(skills=("count",), marks=4, shortest=1, longest=12, alphabet="in,"),
     ReverseLetters(words=("abc", "def", "aa")),
     SortLetters(alphabet="ab", shortest=1),
+    SortLetters(descending=True),
     SortNumbers(digits=1),
     SortWords(words=("b", "a", "c"), shortest=3, longest=3),
 ]
@@ -95,6 +96,7 @@ def test_answers_by_other_means(seed):
 
 HAND_MADE = [
     (SortLetters(), "sorted( d b a b ) ==", "a b b d"),
+    (SortLetters(), "sorted( d b a b , reverse ) ==", "d b b a"),
     (SortWords(), "sorted( self def import ) ==", "def import self"),
     (SortNumbers(), "sorted( 4 1 , 7 , 1 2 ) ==", "7 , 1 2 , 4 1"),
     (ReverseLetters(), "reversed( d b a ) ==", "a b d"),

@@ -5,12 +5,19 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
+import re
+import types
+from typing import Any
 
 import numpy
 import pytest
 import torch
+from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditionalGeneration
 
 from temper.context import Context, Stream
+from temper.models.deltas import attach
+from temper.models.deltas.delta import Lora
+from temper.models.deltas.init import Default
 from temper.parts import Problem
 from temper.train import checkpoints, optimizers, slices
 from temper.train.optimizers import MeZO, Optimizer, common, eight_bit, galore, mezo, sgd_sai
@@ -27,7 +34,8 @@ def part(name: str, **settings):
 
 def build(one, parameters, seed: int = 0):
     """What a started part builds."""
-    context = Started(seed)
+    parameters = list(parameters)
+    context = Started(seed, {"model": stack(parameters)})
     return (one.start(context) if hasattr(one, "start") else one).build(parameters)
 
 
@@ -40,6 +48,22 @@ class Started:
 
     def stream(self) -> Stream:
         return Stream(f"{self.seed}|test|optimizer")
+
+    def want(self, name: str):
+        return self.gifts[name]
+
+
+def stack(parameters) -> torch.nn.Module:
+    """A model of as many layers as parameters: the first is below its blocks, the last after them."""
+    model = torch.nn.Module()
+    below, *blocks, above = [torch.nn.ParameterList([one]) for one in parameters] if len(parameters) > 2 else [None, *parameters, None]
+    config = types.SimpleNamespace(num_hidden_layers=len(blocks), is_encoder_decoder=False)
+    config.get_text_config = lambda: config
+    model.config = config
+    model.below = below
+    model.blocks = torch.nn.ModuleList([one if below is not None else torch.nn.ParameterList([one]) for one in blocks])
+    model.above = above
+    return model
 
 
 def weights(dtype=torch.float64, shapes=SHAPES) -> list[torch.nn.Parameter]:
@@ -113,6 +137,37 @@ def test_adamw():
     one = part("adamw", lr=0.1, betas=(0.8, 0.95), eps=1e-3, weight_decay=0.2)
     held = weights()
     close(drive(build(one, held), held, slopes(12)), recurrence(step))
+
+
+def test_adamw_without_bias_correction():
+    def step(w, g, state, rate, t):
+        adam(g, state, t, (0.8, 0.95), 1e-3)
+        return w - rate * decay(w) * w - rate * state["m"] / (numpy.sqrt(state["v"]) + 1e-3)
+
+    one = part("adamw", lr=0.1, betas=(0.8, 0.95), eps=1e-3, weight_decay=0.2, bias_correction=False)
+    held = weights()
+    close(drive(build(one, held), held, slopes(12)), recurrence(step))
+
+
+def test_without_bias_correction_early_updates_are_up_to_six_and_a_half_times_as_large():
+    """Under gradients of 1 a corrected update is the rate, as torch has it; an uncorrected one exceeds it most at the twelfth."""
+
+    def path(build) -> numpy.ndarray:
+        held = [torch.nn.Parameter(torch.zeros(1, dtype=torch.float64))]
+        optimizer, found = build(held), [0.0]
+        for _ in range(40):
+            held[0].grad = torch.ones_like(held[0])
+            optimizer.step(lambda: torch.tensor(0.0))
+            found.append(held[0].item())
+        return -numpy.diff(found) / 0.1
+
+    settings = {"lr": 0.1, "eps": 1e-12, "weight_decay": 0.0}
+    corrected = path(part("adamw", **settings).build)
+    numpy.testing.assert_allclose(corrected, path(lambda held: torch.optim.AdamW(held, **settings)), rtol=1e-12)
+    numpy.testing.assert_allclose(corrected, 1.0, rtol=1e-9)
+    plain = path(part("adamw", bias_correction=False, **settings).build)
+    assert plain.argmax() + 1 == 12
+    assert 6.5 < plain.max() < 6.6
 
 
 @pytest.mark.parametrize("nesterov", [False, True])
@@ -379,6 +434,71 @@ def test_muon_is_torchs_for_matrices_and_adamw_for_the_rest():
     drive(torch.optim.Muon(matrices, lr=0.1, **settings), matrices, [[each[0], each[2]] for each in some])
     drive(torch.optim.AdamW(rest, lr=0.1, betas=(0.7, 0.9), weight_decay=0.0), rest, [[each[1], each[3]] for each in some])
     close(found, [one.detach().double().numpy() for one in alone], within=1e-6)
+
+
+# --------------------------------------------------------------------------------------------------- a rate a layer
+
+
+def scales(model, rate: float) -> dict[str, float]:
+    """What timm's `param_groups_layer_decay` multiplies the rate by: rate^(highest layer - layer), layers counted from the stem's 0."""
+    layer_of = {}
+    for name, _ in model.named_parameters():
+        place = re.search(r"(?:layers|layer|h)\.(\d+)\.", name)
+        layer_of[name] = 0 if re.search("embed|wte|wpe", name) else int(place[1]) + 1 if place else 1 + model.config.num_hidden_layers
+    top = max(layer_of.values())
+    return {name: [rate ** (top - layer) for layer in range(top + 1)][layer] for name, layer in layer_of.items()}
+
+
+@pytest.mark.parametrize("kind", ["llama", "bert", "gpt2", "lora"])
+def test_layerwise_decay_is_timms_rate_for_every_parameter(kind, llama, tmp_path):
+    small = {"vocab_size": 40, "num_hidden_layers": 3, "num_attention_heads": 2, "hidden_size": 16, "intermediate_size": 32}
+    model: Any = {
+        "llama": lambda: llama(**small),
+        "lora": lambda: attach(llama(**small), None, Lora(rank=2), Default(), seed=0),
+        "bert": lambda: BertForSequenceClassification(BertConfig(**small)),
+        "gpt2": lambda: GPT2LMHeadModel(GPT2Config(vocab_size=40, n_embd=16, n_layer=3, n_head=2)),
+    }[kind]()
+    context = Context.scratch(tmp_path).at("optimizer")
+    context.give("model", model)
+    held = {id(one): name for name, one in model.named_parameters() if one.requires_grad}
+    optimizer = (
+        optimizers.LayerwiseDecay(base=optimizers.AdamW(lr=0.01, weight_decay=0.3), rate=0.7)
+        .start(context)
+        .build([one for one in model.parameters() if one.requires_grad])
+    )
+    wanted, seen = scales(model, 0.7), set()
+    for group in optimizer.param_groups:
+        for one in group["params"]:
+            name = held[id(one)]
+            assert group["lr"] == pytest.approx(0.01 * wanted[name], rel=1e-12), name
+            assert group["weight_decay"] == (0.3 if one.ndim > 1 else 0.0)
+            seen.add(name)
+    assert seen == set(held.values())
+    assert optimizer.param_groups[0]["lr"] == max(group["lr"] for group in optimizer.param_groups)
+    assert len({group["lr"] for group in optimizer.param_groups}) == (3 if kind == "lora" else 5)
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd", "lion", "muon", "adamw-8bit"])
+def test_layerwise_decay_is_its_base_at_each_layers_rate(name):
+    held, alone = weights(), weights()
+    found = drive(build(part("layerwise-decay", base=part(name, lr=0.05), rate=0.5), held), held, slopes(8))
+    for place, one in enumerate(alone):
+        base = build(part(name, lr=0.05 * 0.5 ** (len(alone) - 1 - place)), [one])
+        drive(base, [one], [[some[place]] for some in slopes(8)])
+    close(found, [one.detach().double().numpy() for one in alone])
+
+
+def test_a_tied_head_moves_at_the_embeddings_rate_and_two_stacks_are_refused(llama, tmp_path):
+    context = Context.scratch(tmp_path).at("optimizer")
+    model = llama(tie_word_embeddings=True)
+    context.give("model", model)
+    optimizer = optimizers.LayerwiseDecay(base=optimizers.SGD(lr=1.0), rate=0.5).start(context).build(model.parameters())
+    (rate,) = {group["lr"] for group in optimizer.param_groups if any(one is model.lm_head.weight for one in group["params"])}
+    assert rate == 0.5**3
+    config = T5Config(vocab_size=16, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
+    context.give("model", T5ForConditionalGeneration(config))
+    with pytest.raises(Problem, match="has an encoder and a decoder"):
+        optimizers.LayerwiseDecay().start(context).build(context.want("model").parameters())
 
 
 # ------------------------------------------------------------------------------------------------------ two passes
@@ -713,6 +833,9 @@ def test_what_needs_whole_tensors_refuses_shards(name):
         (lambda: MeZO(base=optimizers.SGD(), estimator="conservative"), "made for the base `sgd` with momentum 0"),
         (lambda: MeZO(base=optimizers.AdamW(), estimator="conservative"), "made for the base `sgd` with momentum 0"),
         (lambda: optimizers.SGD(momentum=0.0, nesterov=True), "nesterov looks ahead"),
+        (lambda: optimizers.LayerwiseDecay(base=optimizers.SAM()), "`layerwise-decay` moves a layer at a time"),
+        (lambda: optimizers.LayerwiseDecay(base=optimizers.SGDSaI()), "`layerwise-decay` moves a layer at a time"),
+        (lambda: optimizers.LayerwiseDecay(rate=1.1), "less than or equal to 1"),
     ],
 )
 def test_what_does_not_fit_is_refused(make, words):
@@ -722,6 +845,7 @@ def test_what_does_not_fit_is_refused(make, words):
 
 def test_a_real_context_starts_every_part(tmp_path):
     context = Context.scratch(tmp_path).at("optimizer")
+    context.give("model", stack(weights()))
     for name in PARTS:
         one = part(name)
         assert build(one, weights()).param_groups

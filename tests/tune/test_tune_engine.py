@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from temper import parts
 from temper.models import io
 from temper.models.deltas.base import Merged
-from temper.models.deltas.delta import Full, Lora
+from temper.models.deltas.delta import Entries, Full, Lora
 from temper.models.deltas.where import Attention
 from temper.parts import Problem
 from temper.passport import Artefact, Passport
@@ -115,7 +115,7 @@ class Stop(Exception):
     pass
 
 
-@pytest.mark.parametrize("delta", [Lora(dropout=0.1), Full()], ids=["lora", "full"])
+@pytest.mark.parametrize("delta", [Lora(dropout=0.1), Full(), Entries(share=0.02)], ids=["lora", "full", "entries"])
 def test_going_on_gives_the_same_weights(delta, tuned: Tuned):
     spec = short(delta=delta, updates=7, checkpoint_every=2, keep=(3, 6))
 

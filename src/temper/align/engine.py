@@ -25,8 +25,9 @@ from temper.align.scores import Compared, compare
 from temper.align.source import Given, Pairs, Source
 from temper.lazy import torch
 from temper.models import io
-from temper.models.deltas.agree import put_on
+from temper.models.deltas.agree import put_on, underlying
 from temper.models.deltas.base import AsLoaded, Base
+from temper.models.deltas.budget import Budget
 from temper.models.deltas.delta import Delta, Lora
 from temper.models.deltas.init import Default, Init
 from temper.models.deltas.leave import leave
@@ -46,6 +47,7 @@ from temper.train.objectives import Sum
 from temper.train.optimizers import AdamW, Optimizer
 from temper.train.precision import Precision, autocast
 from temper.train.schedules import Linear, Schedule
+from temper.train.statistics import statistics
 
 if TYPE_CHECKING:
     from temper.context import Context
@@ -55,7 +57,7 @@ INPUTS = {
     "data": Input(("preference", "completion", "chat"), default="data", about="pairs, or questions for source `attempts`"),
 }
 SHARED = True
-PROVIDES = ("model", "tokenizer")
+PROVIDES = ("model", "tokenizer", "examples", "statistics")
 
 _AT_START = {"float32": 1e-5, "bf16": 1e-2}
 """Greatest drift from the reference before the first update, nats per token. A batch of another shape rounds otherwise: in float32
@@ -79,6 +81,7 @@ class Align(Learning):
     where: Slot[Where] | None = None
     delta: Slot[Delta] = Lora()
     init: Slot[Init] = Default()
+    budget: Slot[Budget] | None = None
     base: Slot[Base] = AsLoaded()
     batching: Slot[Batching] = Bucketed()
     feed: Slot[Feed] = Shuffled()
@@ -111,9 +114,10 @@ def run(spec: Align, inputs: Inputs, context: Context) -> Output:
     tokenizer = io.load_tokenizer(given)
     # An adapter on a grid stays beside it, on weights that stand still; all else trains under the model's constraints.
     policy = io.load_model(given, device=home(spec, given.passport, context), constraints=leaves.kind == "model")
+    policy = underlying(policy, spec, context.start(spec, only=("base",)).base, context)
     context.give("tokenizer", tokenizer)
     context.give("model", policy)
-    first = context.start(spec, only=("source", "reward", "reference", "where", "delta", "init", "base"))
+    first = context.start(spec, only=("source", "reward", "reference"))
 
     with context.world.main_first():  # what the source keeps on disk is made once
         pairs, held = _pairs(spec, inputs.data, first, policy, context)
@@ -122,9 +126,13 @@ def run(spec: Align, inputs: Inputs, context: Context) -> Output:
     layout = layout_of(policy, examples, context)
     first.reference.prepare(policy, examples, precision, layout)
 
-    model, under = put_on(policy, given, leaves.kind, spec, first, context)
+    context.give("examples", pairs.examples)
+    context.give("statistics", statistics(spec, policy, pairs.examples, context))
+    changed = context.start(spec, only=("where", "delta", "init", "budget"))
+    model, under = put_on(policy, given, leaves.kind, spec, changed, context)
     context.give("model", model)
     live = context.start(spec, only=("loss", "likelihood", "anchor", *TRAINING))
+    live.adopt(changed, "budget")
 
     def compared(model: Any, batch: Batch) -> Compared:
         """Both sides of every pair in one forward pass, beside the reference."""

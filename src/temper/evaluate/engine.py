@@ -25,14 +25,20 @@ from temper.evaluate.subject import Subject
 from temper.lazy import numpy
 from temper.models.io import load_model, load_tokenizer
 from temper.parts import Count, Live, Problem, Slot, Spec, held, mark_of, spec
-from temper.passport import UNKNOWN, Artefact, Figure, Input, Inputs, Output, Passport
+from temper.passport import UNKNOWN, Artefact, Figure, Input, Inputs, Output, Passport, family
 from temper.tasks.rows import Rows, group_of
 
 if TYPE_CHECKING:
     from temper.context import Context
 
 INPUTS = {
-    "model": Input(("model", "adapter"), many=True, default="last", about="the models to measure, one or several"),
+    "model": Input(
+        ("model", "adapter"),
+        many=True,
+        default="last",
+        about="the models to measure, one or several; a classifier by its answers",
+        families=("causal", "classifier"),
+    ),
     "data": Input(("text", "completion", "chat"), optional=True, default="data", about="what to measure them on"),
     "reference": Input(("model", "adapter"), optional=True, about="the model that they are compared with, on the same rows"),
 }
@@ -68,8 +74,15 @@ class Evaluate(Spec):
 def passport(spec: Evaluate, parents: Mapping[str, Any]) -> Passport:
     """What it gives: figures. Refuses metrics without what they measure on, and chats without a template."""
     data: Passport | None = parents.get("data")
+    labelling = [one for one in parents["model"] if family(one.architecture) == "classifier"]
     for one in records.measures(spec):
         _measurable(one, data)
+        if labelling and not getattr(one, "labels", False):
+            raise Problem(
+                f"{labelling[0].origin or 'the model'} is {labelling[0].architecture}, which gives labels, and `{mark_of(one).name}` reads "
+                "what a model writes; measure `accuracy` or `exact-match`",
+                ("metric",),
+            )
     compared = [one for slot in (spec.metric, spec.probe, spec.slice) for one in held(slot)]
     comparing = [mark_of(one).name for one in compared if "reference" in mark_of(one).needs]
     if comparing and parents.get("reference") is None:

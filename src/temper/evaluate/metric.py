@@ -41,7 +41,8 @@ class Metric(Protocol):
     `(subject) -> [Measured]`: tables of per-example records of one model on the data. `estimates(table, records)`: the figures of a
     table, as functions of sums over its records and of nothing else; none for a table of another metric. `asks` says whether the
     data must ask something (completion or chat rows), `data` whether any are needed. A metric that needs `reference` compares with
-    the model given as `reference`; `tokenwise` says that both must have one tokenizer.
+    the model given as `reference`; `tokenwise` says that both must have one tokenizer. `labels` says that a classifier, which gives
+    labels and no text, can be measured too.
     """
 
     def __call__(self, subject: Subject) -> list[Measured]: ...
@@ -144,6 +145,7 @@ class Accuracy:
     """
 
     asks: ClassVar[bool] = True
+    labels: ClassVar[bool] = True
 
     def __call__(self, subject: Subject) -> list[Measured]:
         made = subject.answers
@@ -161,6 +163,7 @@ class ExactMatch:
     """
 
     asks: ClassVar[bool] = True
+    labels: ClassVar[bool] = True
     normalise: Literal["squad", "space"] = "squad"
     """`squad`: lower case, without ASCII punctuation, without the articles a, an, the, runs of white space as one; `space`: runs of
     white space as one."""
@@ -184,6 +187,7 @@ class TokenEdit:
     """
 
     asks: ClassVar[bool] = True
+    labels: ClassVar[bool] = True
 
     def __call__(self, subject: Subject) -> list[Measured]:
         made = subject.answers
@@ -206,6 +210,7 @@ class Format:
     """
 
     asks: ClassVar[bool] = True
+    labels: ClassVar[bool] = True
 
     def __call__(self, subject: Subject) -> list[Measured]:
         made = subject.answers
@@ -316,6 +321,10 @@ class Calibration:
 
     @property
     def asks(self) -> bool:
+        return self.of == "answers"
+
+    @property
+    def labels(self) -> bool:
         return self.of == "answers"
 
     def __call__(self, subject: Subject) -> list[Measured]:

@@ -11,13 +11,15 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from temper.context import write
 from temper.lazy import numpy, torch
-from temper.models.sample import Sample, evaluating, own_stops, sample
+from temper.models.classifiers import Words, said
+from temper.models.sample import Sample, evaluating, own_stops, sample, virtual_tokens
 from temper.parts import Problem, shown
 from temper.tasks.questions import formed, questions, right
 from temper.tasks.rows import Rows
 from temper.train.batching import collate
 from temper.train.examples import Encoded, Example, encode
 from temper.train.logprobs import supervised_logits
+from temper.train.objectives.base import family_of
 
 if TYPE_CHECKING:
     from temper.context import Context, Track
@@ -53,9 +55,9 @@ class Predictions:
 class Answers:
     """One entry for each of N questions, in the order of rows.
 
-    row: int64. text: str, the greedy answer. correct: bool, by the row's own checker, else equal to its answer. formed: bool, whether it
-    has the form that the question asks for. logprob: float64, that of the whole answer, end mark included. finished: bool, whether it
-    ended of itself.
+    row: int64. text: str, the greedy answer; of a classifier the label, or its words' labels between spaces. correct: bool, by the row's
+    own checker, else equal to its answer. formed: bool, whether it has the form that the question asks for. logprob: float64, that of the
+    whole answer, end mark included. finished: bool, whether it ended of itself.
     """
 
     row: numpy.ndarray
@@ -161,9 +163,9 @@ class Subject:
         self.spec, self.context, self.reference = spec, context, reference
         self._key = key
         positions: int = getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
-        self.positions = positions
-        """Tokens that the model can see at once."""
-        self.length = min(spec.length, positions)
+        self.positions = positions - virtual_tokens(model)
+        """Tokens that the model can see at once, besides the virtual ones of its adapter."""
+        self.length = min(spec.length, self.positions)
         """Tokens that it is shown at once, at most."""
 
     @property
@@ -172,6 +174,11 @@ class Subject:
         if self.reference is None:
             raise Problem("there is no model to compare with; name one as `reference`", ("reference",))
         return self.reference
+
+    def check_writes(self) -> None:
+        """Raises `Problem` on a classifier, which gives labels and no text."""
+        if family_of(self.model) == "classifier":
+            raise Problem(f"{self.name} gives labels, not text; measure its answers, by `accuracy` or `exact-match`", ("metric",))
 
     # -------------------------------------------------------------------------------------------------- likelihood
 
@@ -229,6 +236,7 @@ class Subject:
 
     def _passed(self, examples: Sequence[Example], what: str, unit: str, score: Callable[[Batch], Sequence[Any]]) -> list[numpy.ndarray]:
         """What `score` says of batches, [columns, targets], as arrays of each example."""
+        self.check_writes()
         vocabulary = self.model.config.get_text_config().vocab_size
         groups = neighbours([len(one) for one in examples], min(self.spec.batch, _LOGITS // vocabulary))
         found: list[Any] = [None] * len(examples)
@@ -330,6 +338,7 @@ class Subject:
         self, prompts: Sequence[Sequence[int]], room: int, bar: Track | None = None, seeds: Sequence[int] | None = None, **how: Any
     ) -> list[Sample]:
         """A completion of each prompt of up to `room` tokens, fewer where the model's positions end first. how: as `sample` takes it."""
+        self.check_writes()
         ends = sorted({*own_stops(self.model), self.tokenizer.eos_token_id} - {None})
         # Prompts near the end of the model's positions leave less room; they are sampled apart, so that they take none from the
         # others. One that leaves no room at all is the sampler's to refuse.
@@ -364,19 +373,37 @@ class Subject:
     def _answer(self) -> Answers:
         number, rows, prompts = self._prompts()
         with self.context.track(len(prompts), f"{self.name}: answering", "question") as bar:
-            found = self.generated(prompts, self.spec.answer, bar, temperature=0)
-        logprob = numpy.array([sum(one.logprobs) for one in found])
+            if family_of(self.model) == "classifier":
+                texts, logprob = self._labelled(prompts, bar)
+                finished = numpy.ones(len(texts), bool)
+            else:
+                found = self.generated(prompts, self.spec.answer, bar, temperature=0)
+                texts, logprob = self.texts(found), numpy.array([sum(one.logprobs) for one in found])
+                finished = numpy.array([one.finished for one in found])
         if broken := int((~numpy.isfinite(logprob)).sum()):
             raise _broken(self.name, broken, len(logprob))
-        texts = self.texts(found)
         return Answers(
             number,
             numpy.array(texts, numpy.str_),
             numpy.array([right(row, text) for row, text in zip(rows, texts)]),
             numpy.array([formed(row, text) for row, text in zip(rows, texts)]),
             logprob,
-            numpy.array([one.finished for one in found]),
+            finished,
         )
+
+    def _labelled(self, prompts: Sequence[list[int]], bar: Track) -> tuple[list[str], numpy.ndarray]:
+        """What a classifier answers, and the log-probability of each answer."""
+        words, found, logprob = Words(self.tokenizer), [""] * len(prompts), numpy.zeros(len(prompts))
+        if longest := max((len(one) for one in prompts if len(one) > self.positions), default=0):
+            raise Problem(f"{self.name} has {self.positions} positions and a prompt {longest} tokens; give shorter prompts", ("data",))
+        with torch.no_grad(), evaluating(self.model):
+            for group in neighbours(list(map(len, prompts)), self.spec.batch):
+                texts, logs = said(self.model, [prompts[index] for index in group], words)
+                logprob[group] = logs.cpu().numpy()
+                for index, text in zip(group, texts):
+                    found[index] = text
+                bar.advance(len(group), tokens=sum(len(prompts[index]) for index in group))
+        return found, logprob
 
     def _attempt(self, successes: int, budget: int, temperature: float) -> Attempts:
         number, rows, prompts = self._prompts()

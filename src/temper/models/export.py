@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from temper.context import write
+from temper.models.classifiers import POOLING
 from temper.parts import Problem, shown
 from temper.passport import Artefact, Passport, family
 from temper.store import Store, digest
@@ -122,8 +123,17 @@ _USES = {
     "causal": ("text-generation", "AutoModelForCausalLM"),
     "masked": ("fill-mask", "AutoModelForMaskedLM"),
     "encoder-decoder": ("text2text-generation", "AutoModelForSeq2SeqLM"),
+    "classifier": ("text-classification", "AutoModelForSequenceClassification"),
+    "token classifier": ("token-classification", "AutoModelForTokenClassification"),
 }
 """The hub's name for what a family of models does, and what loads one."""
+
+
+def _pooled(artefact: Artefact) -> str:
+    """What a reader of a text's label does, where transformers alone gives each token's logits."""
+    file = artefact.model / "config.json"
+    how = json.loads(file.read_text(encoding="utf8")).get(POOLING) if file.is_file() else None
+    return f"It labels texts: take the {how} of its logits over a text's tokens, padding left out." if how else ""
 
 
 def card(artefact: Artefact, line: Sequence[Mapping[str, Any]], merged: bool) -> str:
@@ -133,7 +143,8 @@ def card(artefact: Artefact, line: Sequence[Mapping[str, Any]], merged: bool) ->
     passport = artefact.passport
     licences = sorted({one for record in line for one in record["passport"]["licences"]} | set(passport.licences))
     adapter = passport.kind == "adapter" and not merged
-    task, loader = _USES[family(passport.architecture)]
+    kind = family(passport.architecture)
+    task, loader = _USES["token classifier" if (passport.architecture or "").endswith("ForTokenClassification") else kind]
     front: dict[str, Any] = {"library_name": "peft" if adapter else "transformers", "tags": ["temper"], "pipeline_tag": task}
     if len(licences) == 1:
         front["license"] = licences[0]
@@ -150,7 +161,7 @@ def card(artefact: Artefact, line: Sequence[Mapping[str, Any]], merged: bool) ->
     loads = (
         "Load it with `peft.PeftModel.from_pretrained(base, folder)`."
         if adapter
-        else f"Load it with `transformers.{loader}.from_pretrained(folder)`."
+        else f"Load it with `transformers.{loader}.from_pretrained(folder)`. {_pooled(artefact)}".strip()
     )
     return f"""---
 {stream.getvalue().strip()}

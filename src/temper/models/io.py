@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from temper.lazy import nn, peft, safetensors_torch, torch, transformers
 from temper.models import folders
 from temper.models.deltas import is_adapted, merge, to_plain_lora
+from temper.models.deltas.tuners import register
 from temper.parts import Problem, nearest, shown
 from temper.passport import Artefact, family
 
@@ -22,7 +23,8 @@ Source = Artefact | Path | str
 
 
 def load_model(source: Source, *, dtype: str = "float32", device: str = "cpu", constraints: bool = True) -> nn.Module:
-    """A language model of the family that its folder names (causal, masked, encoder-decoder), or a `PeftModel` on one, in evaluation mode.
+    """A model of the family that its folder names (causal, masked, encoder-decoder, classifier), or a `PeftModel` on one, in evaluation
+    mode.
 
     dtype: `float32`, `bfloat16`, `float16` or `auto` (as stored). constraints: put the masks and grids that travel with a
     model back on, so that they hold in training; without, the weights are what they are (on mask and grid) and the model
@@ -30,15 +32,21 @@ def load_model(source: Source, *, dtype: str = "float32", device: str = "cpu", c
     transformers as it stands.
 
     An adapter is loaded onto its base: the artefact's own base, else what the adapter names; where that is an adapter
-    too, it is merged first (an adapter sits on what its base computes). It computes with W + delta, as under peft alone.
+    too, it is merged first (an adapter sits on what its base computes). It computes with W + delta, as under peft alone. Where it
+    was trained on a base held in NF4, that is held so again, from float32, to the same bits.
 
     Raises `Problem` on weights that are missing or left over, and on code that the folder would bring along.
     """
+    from temper.models import nf4
+
     folder = _folder(source)
     if folders.kind_of(folder) == "model":
         return _load_plain(folder, dtype, constraints).to(device).eval()
     folders.weight_files(folder)  # refuses pickles
-    base = merge(load_model(_base(source, folder), dtype=dtype, device=device, constraints=False))
+    in_nf4 = nf4.read(folder)
+    base = merge(load_model(_base(source, folder), dtype="float32" if in_nf4 else dtype, device=device, constraints=False))
+    if in_nf4:
+        base = nf4.quantise(base, **in_nf4).to(_dtype("float32" if dtype == "auto" else dtype))
     return _load_adapter(base, folder).eval()
 
 
@@ -102,12 +110,13 @@ def save_adapter(model: nn.Module, tokenizer: Any, folder: Path, base_name: str)
     base_name: what the folder says it sits on: a hub name or a relative path. Raises `Problem` for an adapter inside a
     constraint: it computes with P(W + delta), and a PEFT folder means W + delta.
     """
-    from temper.models.parametrizations import ConstrainedLora
+    from temper.models import nf4
+    from temper.models.parametrizations import ConstrainedAdapter
 
     if not is_adapted(model):
         raise Problem("the model carries no adapter; save it with `save_model`")
     for name, module in model.named_modules():
-        if isinstance(module, ConstrainedLora):
+        if isinstance(module, ConstrainedAdapter):
             raise Problem(f"the adapter on `{name}` works inside a mask or grid, which a PEFT folder cannot hold; merge it, save the model")
     if Path(base_name).is_absolute() or ".." in Path(base_name).parts:
         raise Problem(f"base_name {shown(base_name)} is a path of this machine; give a hub name or a relative path without `..`")
@@ -118,8 +127,10 @@ def save_adapter(model: nn.Module, tokenizer: Any, folder: Path, base_name: str)
     settings = {key: sorted(value) if isinstance(value, set) else value for key, value in config.to_dict().items()}
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "adapter_config.json").write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf8")
-    plain = {name: tensor.cpu().contiguous() for name, tensor in sorted(tensors.items())}
+    # copies, since some types have one tensor in many layers, which safetensors does not take
+    plain = {name: tensor.to("cpu", copy=True).contiguous() for name, tensor in sorted(tensors.items())}
     safetensors_torch.save_file(plain, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    nf4.save(folder, model)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
 
@@ -196,7 +207,12 @@ def _config(folder: Path) -> Any:
 
 def _auto(config: Any) -> tuple[Any, Any]:
     """What loads a model of the family that a configuration names, and the classes that it loads."""
-    match family((config.architectures or [None])[0]):
+    name = (config.architectures or [""])[0]
+    match family(name):
+        case "classifier" if name.endswith("ForTokenClassification"):
+            return transformers.AutoModelForTokenClassification, transformers.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING
+        case "classifier":
+            return transformers.AutoModelForSequenceClassification, transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
         case "masked":
             return transformers.AutoModelForMaskedLM, transformers.MODEL_FOR_MASKED_LM_MAPPING
         case "encoder-decoder":
@@ -206,6 +222,7 @@ def _auto(config: Any) -> tuple[Any, Any]:
 
 
 def _load_adapter(base: nn.Module, folder: Path) -> nn.Module:
+    register()  # adapter types of our own
     with quiet():
         model = peft.PeftModel.from_pretrained(base, folder)  # type: ignore[arg-type]
     stored = {name for file in folders.weight_files(folder) for name in folders.header(file)}

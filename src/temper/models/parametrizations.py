@@ -1,17 +1,19 @@
 """Training under constraints that fold away exactly.
 
 `attach` makes modules compute with the constrained weight while their parameter stays the plain `weight`, so state
-dicts, optimizers, checkpoints and device moves see an ordinary model. `cover_adapters` extends this to LoRA layers,
-which then compute with P(W + scale B A). `fold` writes the constrained weights and gives the plain model back.
+dicts, optimizers, checkpoints and device moves see an ordinary model. `cover_adapters` extends this to adapters that are a
+change of the weight, which then compute with P(W + change). `fold` writes the constrained weights and gives the plain model back.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from peft.tuners.adalora.layer import SVDLinear
 from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
@@ -145,16 +147,21 @@ def _plain_name(name: str) -> str:
 # --------------------------------------------------------------------------------------------- adapters on top of P
 
 
-class ConstrainedLora(LoraLinear):
-    """A LoRA layer over a constrained base: computes with P(W + sum of scale B A), and merges to the same weight."""
+class ConstrainedAdapter(nn.Module, BaseTunerLayer):
+    """Mixed into an adapter layer's class over a constrained base: computes with P(W + sum of changes), and merges to the same weight."""
 
     _before: Tensor | None = None
 
+    def names(self, adapters: list[str] | None = None) -> list[str]:
+        """Of these adapters (None: the active ones), those that the layer carries."""
+        return [name for name in (self.active_adapters if adapters is None else adapters) if name in self._get_available_adapters()]
+
     def delta(self, adapters: list[str] | None = None) -> Tensor:
-        """Sum of scale B A over the active adapters, in the base weight's orientation and the adapters' dtype."""
-        names = [name for name in (self.active_adapters if adapters is None else adapters) if name in self.lora_A]
+        """Sum of the adapters' changes, in the base weight's orientation and the adapters' dtype."""
+        layer: Any = self
         with torch.autocast(self.weight.device.type, enabled=False):  # merging happens outside of it and must give the same
-            return sum((self.get_delta_weight(name) for name in names), torch.zeros((), device=self.weight.device))  # type: ignore
+            zero = torch.zeros((), device=self.weight.device)
+            return sum((layer.get_delta_weight(name) for name in self.names(adapters)), zero)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if kwargs.get("adapter_names") is not None:
@@ -164,17 +171,17 @@ class ConstrainedLora(LoraLinear):
             self.unmerge()
         if self.disable_adapters or self.merged:
             return base(x, *args, **kwargs)
-        drops = [self.lora_dropout[name] for name in self.active_adapters if name in self.lora_A]
-        if not self.training or all(isinstance(drop, nn.Identity) or drop.p == 0 for drop in drops):
+        drops = {name: drop for name in self.names() if self.training and (drop := _dropout(self, name)) is not None}
+        if not drops:
             return self._through(x, self._constrained(self.delta()), base.bias)
         result = base(x)  # only linear constraints come here: `cover_adapters` refuses dropout over the others
-        for name, drop in zip((name for name in self.active_adapters if name in self.lora_A), drops):
+        for name in self.names():
             delta = oriented(base, base.constraint.effective(oriented(base, self.delta([name])))).to(base.weight.dtype)
-            result = result + self._through(drop(x), delta, None)
+            result = result + self._through(drops[name](x) if name in drops else x, delta, None)
         return result
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.lora_A]
+        names = self.names(check_adapters_to_merge(self, adapter_names))
         if not names:
             return
         base: Any = self.get_base_layer()
@@ -203,43 +210,70 @@ class ConstrainedLora(LoraLinear):
         return F.linear(x, oriented(self.get_base_layer(), weight), bias)
 
 
+class ConstrainedLora(ConstrainedAdapter, LoraLinear):
+    """A LoRA layer over a constrained base."""
+
+
 def cover_adapters(model: nn.Module) -> nn.Module:
-    """Makes every LoRA layer over a constrained module compute with P(W + scale B A), in place.
+    """Makes every adapter layer over a constrained module compute with P(W + change), in place.
 
     So the constraint holds in training, merging gives exactly the unmerged model, and what is merged obeys. Call it
-    after peft has added or loaded adapters. Refused: other adapter types, LoRA variants such as DoRA, a bias in LoRA,
-    dropout over constraints that are not linear (the adapter has no output of its own to drop), merged adapters.
+    after peft has added or loaded adapters. Refused: adapter types that are not known to be a change of the weight and no more, LoRA
+    variants such as DoRA, a bias in LoRA, dropout over constraints that are not linear (the adapter has no output of its own to drop),
+    merged adapters.
     """
     found = list(_adapters(model))
     for name, layer in found:
         _check(name, layer)
     for _, layer in found:
-        layer.__class__ = ConstrainedLora
+        if not isinstance(layer, ConstrainedAdapter):
+            layer.__class__ = _covered(type(layer))
     return model
 
 
 def check_covered(model: nn.Module) -> None:
     """Raises where an adapter sits on a constrained module without `cover_adapters`: trained so, merging would change the model."""
     for name, layer in _adapters(model):
-        if not isinstance(layer, ConstrainedLora):
+        if not isinstance(layer, ConstrainedAdapter):
             raise Problem(f"the adapter on `{name}` would bypass its constraint; call `cover_adapters(model)` after adding adapters")
         _check(name, layer)
 
 
+@functools.cache
+def _covered(kind: type[nn.Module]) -> type[nn.Module]:
+    """The class of a layer of this class over a constrained base."""
+    return ConstrainedLora if kind is LoraLinear else type(f"Constrained{kind.__name__}", (ConstrainedAdapter, kind), {})
+
+
+def _keeps(layer: Any) -> bool:
+    """Whether an adapter layer is a change of its base's weight and no more: LoRA, AdaLoRA's triplets, and types of ours that say so."""
+    from temper.models.deltas.tuners.base import AdapterLayer  # which has adapters on weights as its subject, not constraints
+
+    if isinstance(layer, ConstrainedAdapter) or type(layer) in (LoraLinear, SVDLinear):
+        return True
+    return isinstance(layer, AdapterLayer) and layer.supports_lora_conversion()
+
+
 def _check(name: str, layer: Any) -> None:
-    if type(layer) not in (LoraLinear, ConstrainedLora):
+    if not _keeps(layer):
         kind = f"{type(layer).__module__.rpartition('.')[0].rpartition('.')[2]}.{type(layer).__name__}"
-        raise Problem(f"`{name}` carries {kind} on a constrained weight; only LoRA keeps constraints: use LoRA, or tune in full")
-    if layer.lora_variant:
+        raise Problem(f"`{name}` carries {kind} on a constrained weight, which does not keep its constraint; use LoRA, or tune in full")
+    if getattr(layer, "lora_variant", None):
         kind = type(next(iter(layer.lora_variant.values()))).__name__
         raise Problem(f"`{name}` carries the LoRA variant {kind} on a constrained weight; use plain LoRA")
-    if any(layer.lora_bias.values()):
+    if any(getattr(layer, "lora_bias", {}).values()):
         raise Problem(f"`{name}` carries LoRA with a bias on a constrained weight; set lora_bias to false")
-    rates = [drop.p for drop in layer.lora_dropout.values() if isinstance(drop, nn.Dropout) and drop.p > 0]
+    rates = [drop.p for adapter in layer._get_available_adapters() if (drop := _dropout(layer, adapter)) is not None]
     if rates and not layer.get_base_layer().constraint.linear:
         raise Problem(f"`{name}` has adapter dropout {rates[0]} on a quantised weight, so the adapter has no output to drop; set it to 0")
-    if type(layer) is LoraLinear and layer.merged:
+    if not isinstance(layer, ConstrainedAdapter) and layer.merged:
         raise Problem(f"the adapter on `{name}` is merged, past its constraint; unmerge it first")
+
+
+def _dropout(layer: Any, adapter: str) -> nn.Dropout | None:
+    """What drops the inputs of an adapter in training; None where nothing is dropped."""
+    found = layer.lora_dropout[adapter] if adapter in getattr(layer, "lora_dropout", {}) else None
+    return found if isinstance(found, nn.Dropout) and found.p > 0 else None
 
 
 def _adapters(model: nn.Module) -> Iterator[tuple[str, Any]]:

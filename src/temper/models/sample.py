@@ -36,9 +36,9 @@ def sample(
 ) -> list[Sample]:
     """One completion of each prompt, in the order of `prompts`.
 
-    model: a Hugging Face causal language model whose layers are attention, or a `PeftModel` on one; it is used in
-    evaluation mode and left as it was. temperature: 0 is greedy (the draws are not used). top_k, then top_p, cut
-    the tempered distribution. stop: ids that end a completion (default: the model's own end-of-sequence ids).
+    model: a Hugging Face causal language model whose layers are attention, or a `PeftModel` on one, soft prompts and
+    prefixes among them; it is used in evaluation mode and left as it was. temperature: 0 is greedy (the draws are not
+    used). top_k, then top_p, cut the tempered distribution. stop: ids that end a completion (default: the model's own end-of-sequence ids).
     seeds: one a prompt, needed unless greedy. batch_size: rows computed together; costs memory, saves time.
 
     `logprobs` are those of the policy itself: the log-softmax, in float32, of the logits before temperature, top_k
@@ -51,7 +51,7 @@ def sample(
     The same call on the same machine gives the same result bit for bit.
 
     Raises `Problem` on an empty prompt, on a prompt that leaves no room in the model's context, and on models that
-    the cache does not hold (state-space and linear-attention layers, prompt-learning adapters).
+    the cache does not hold (state-space and linear-attention layers).
     """
     if not prompts:
         return []
@@ -61,8 +61,7 @@ def sample(
     order = sorted(range(len(prompts)), key=lambda index: (len(prompts[index]), tuple(prompts[index])))
     made: dict[int, Sample] = {}
     with torch.no_grad(), evaluating(model):
-        for first in range(0, len(order), batch_size):
-            rows = order[first : first + batch_size]
+        for rows in _groups(model, [len(prompts[index]) for index in order], order, batch_size):
             draws = None if seeds is None or temperature == 0 else _draws([seeds[row] for row in rows], max_new_tokens)
             batch = _Batch(model, [prompts[row] for row in rows], max_new_tokens)
             made.update(zip(rows, batch.complete(draws, temperature, top_k, top_p, ends)))
@@ -90,6 +89,11 @@ def choose(
     return torch.searchsorted(edges, draws[:, None] * edges[:, -1:], right=True).squeeze(-1).clamp(max=weights.shape[-1] - 1)
 
 
+def virtual_tokens(model: Any) -> int:
+    """How many trained tokens an adapter puts before every text: they take positions of the model. 0 without such an adapter."""
+    return sum(one.num_virtual_tokens for one in getattr(model, "peft_config", {}).values() if one.is_prompt_learning)
+
+
 def own_stops(model: Any) -> tuple[int, ...]:
     """The end-of-sequence ids in the model's generation settings, else in its configuration."""
     for settings in (getattr(model, "generation_config", None), model.config):
@@ -111,35 +115,71 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
+_EMBEDDED, _CACHED = {"PROMPT_TUNING", "P_TUNING"}, {"PREFIX_TUNING", "CARTRIDGE"}
+"""peft's types whose virtual tokens are embeddings before the prompt's; keys and values before those of the prompt, in every layer."""
+
+
+def _kind(model: Any) -> str:
+    """The type of the adapter that brings virtual tokens; none: an empty text."""
+    return model.active_peft_config.peft_type.value if virtual_tokens(model) else ""
+
+
+def _groups(model: Any, lengths: Sequence[int], order: Sequence[int], most: int) -> Iterator[list[int]]:
+    """Rows computed together. Between a prefix in the cache and a prompt there is padding, which a sliding window would count:
+    under one, prompts of one length share a batch."""
+    alike = _kind(model) in _CACHED and getattr(model.config.get_text_config(), "sliding_window", None) is not None
+    first = 0
+    while first < len(order):
+        last = min(first + most, len(order))
+        while alike and lengths[last - 1] != lengths[first]:
+            last -= 1
+        yield list(order[first:last])
+        first = last
+
+
 class _Batch:
-    """Prompts of one batch, left-padded so that all rows write to the cache at one place."""
+    """Prompts of one batch, left-padded so that all rows write to the cache at one place.
+
+    A row of the cache holds a prefix that the adapter keeps there, padding, virtual tokens that are embeddings, the prompt.
+    """
 
     def __init__(self, model: Any, prompts: Sequence[Sequence[int]], room: int):
         from temper.models.cache import BufferedCache
 
-        self.model, self.room = model, room
+        kind, count = _kind(model), virtual_tokens(model)
+        before, kept = (count, 0) if kind in _EMBEDDED else (0, count)
+        self.model, self.room = model.get_base_model() if count else model, room
         self.device = next(model.parameters()).device
         unique = list(dict.fromkeys(map(tuple, prompts)))
-        width = max(map(len, unique))
-        lengths = torch.tensor([len(prompt) for prompt in unique])
-        tokens = torch.tensor([[0] * (width - len(prompt)) + list(prompt) for prompt in unique])
-        real = torch.arange(width + room) >= (width - lengths)[:, None]
-        positions = (torch.arange(width) - (width - lengths)[:, None]).clamp(min=0)
-        self.cache = BufferedCache(model.config.get_text_config().num_hidden_layers, width + room)
-        self.length = 0
+        width = max(map(len, unique)) + before
+        lengths = torch.tensor([before + len(prompt) for prompt in unique])
+        tokens = torch.tensor([[0] * (width - len(prompt)) + list(prompt) for prompt in unique]).to(self.device)
+        place = torch.arange(width + room) - (width - lengths)[:, None]  # of each token in its row, from 0
+        real = torch.cat([torch.ones(len(unique), kept, dtype=torch.bool), place >= 0], dim=1)
+        positions = place[:, :width].clamp(min=0) + kept
+        self.cache = BufferedCache(model.config.get_text_config().num_hidden_layers, kept + width + room)
+        self.length = kept
         self.real = real.to(self.device)
         self.padded = int(lengths.min()) < width
-        self.logprobs = self._forward(tokens.to(self.device), positions.to(self.device))
-        self.positions = lengths[:, None].to(self.device)
+        embedded = None
+        if kind in _EMBEDDED:
+            embedded = self.model.get_input_embeddings()(tokens)
+            virtual = (place[:, :width] >= 0) & (place[:, :width] < before)
+            embedded[virtual.to(self.device)] = model.get_prompt(len(unique)).to(embedded).flatten(0, 1)
+        elif kind in _CACHED:
+            for layer, own in zip(self.cache.layers, model.get_prompt(len(unique)).layers):
+                layer.update(own.keys, own.values)
+        self.logprobs = self._forward(tokens, positions.to(self.device), embedded)
+        self.positions = (lengths[:, None] + kept).to(self.device)
         if len(unique) < len(prompts):
-            place = {prompt: index for index, prompt in enumerate(unique)}
-            self._select([place[tuple(prompt)] for prompt in prompts])
+            index = {prompt: number for number, prompt in enumerate(unique)}
+            self._select([index[tuple(prompt)] for prompt in prompts])
 
-    def _forward(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """Log-probabilities [B, V] of what follows `tokens` [B, T], which join the cache."""
+    def _forward(self, tokens: torch.Tensor, positions: torch.Tensor, embedded: torch.Tensor | None = None) -> torch.Tensor:
+        """Log-probabilities [B, V] of what follows `tokens` [B, T], or their embeddings [B, T, H], which join the cache."""
         self.length += tokens.shape[1]
         out = self.model(
-            input_ids=tokens,
+            **({"input_ids": tokens} if embedded is None else {"inputs_embeds": embedded}),
             # without padding there is nothing to mask, and attention takes its fast path
             attention_mask=self.real[:, : self.length] if self.padded else None,
             position_ids=positions,
@@ -215,10 +255,12 @@ def _check(
             raise Problem(f"prompt {index} is empty; begin it with at least one token, such as the beginning-of-text token")
     config = model.config.get_text_config()
     limit = getattr(config, "max_position_embeddings", None)
-    longest = max(map(len, prompts))
+    virtual = virtual_tokens(model)
+    longest = max(map(len, prompts)) + virtual
     if limit is not None and longest + room > limit:
+        said = f"{virtual} virtual tokens, a prompt of {longest - virtual}" if virtual else f"a prompt of {longest} tokens"
         raise Problem(
-            f"a prompt of {longest} tokens and {room} new ones do not fit the model's {limit} positions; "
+            f"{said} and {room} new ones do not fit the model's {limit} positions; "
             f"shorten the prompt or ask for at most {limit - longest} tokens"
         )
     other = set(getattr(config, "layer_types", None) or ()) - _ATTENTION
@@ -226,5 +268,5 @@ def _check(
         raise Problem(
             f"the sampler's cache holds attention layers alone, and this model has {', '.join(sorted(other)) or 'state-space'} layers"
         )
-    if any(getattr(one, "is_prompt_learning", False) for one in getattr(model, "peft_config", {}).values()):
-        raise Problem("the sampler does not carry the virtual tokens of a prompt-learning adapter; use the model's own `generate`")
+    if (kind := _kind(model)) and kind not in _EMBEDDED | _CACHED:
+        raise Problem(f"the sampler does not carry the virtual tokens of a {kind} adapter; use the model's own `generate`")

@@ -57,11 +57,12 @@ def method(engine_name: str, name: str) -> Any:
 
 
 def documented(cls: type) -> dict[str, str]:
-    """Setting -> the text written below it in the source."""
+    """Setting -> the text written below it in the source; for a class made at run time, its field's `meaning`."""
     found: dict[str, str] = {}
     for owner in reversed(cls.__mro__):
         if not dataclasses.is_dataclass(owner):
             continue
+        found.update({field.name: field.metadata["meaning"] for field in dataclasses.fields(owner) if "meaning" in field.metadata})
         try:
             tree = ast.parse(textwrap.dedent(inspect.getsource(owner)))
         except (OSError, TypeError, SyntaxError):

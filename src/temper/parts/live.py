@@ -11,10 +11,11 @@ from temper.parts.problems import Problem
 from temper.parts.protocols import Question, held, slots
 
 
-def starting_order(spec: Any, provided: Iterable[str] = ()) -> list[str]:
-    """Slots in the order of their needs. Raises on a need that nobody meets, or a circle."""
-    needs = {name: {need for one in held(getattr(spec, name)) for need in mark_of(one).needs} for name in slots(spec)}
-    gives = {name: {gift for one in held(getattr(spec, name)) for gift in mark_of(one).gives} for name in slots(spec)}
+def starting_order(spec: Any, provided: Iterable[str] = (), only: Sequence[str] | None = None) -> list[str]:
+    """Slots (or `only` some) in the order of their needs. Raises on a need that none of them meets and nothing provides, or a circle."""
+    asked = [name for name in slots(spec) if only is None or name in only]
+    needs = {name: {need for one in held(getattr(spec, name)) for need in mark_of(one).needs} for name in asked}
+    gives = {name: {gift for one in held(getattr(spec, name)) for gift in mark_of(one).gives} for name in asked}
     have, order, waiting = set(provided), [], list(needs)
     for name, wanted in needs.items():
         for need in sorted(wanted - have - set().union(*gives.values(), set())):
@@ -109,9 +110,9 @@ class Live:
         self._spec = spec
         self._slots: dict[str, LiveSlot] = {}
         questions = slots(spec)
-        for name in starting_order(spec, provided):
+        for name in starting_order(spec, provided, only):
             value = getattr(spec, name)
-            if value is not None and (only is None or name in only):
+            if value is not None:
                 question = questions[name].question
                 assert question
                 self._slots[name] = LiveSlot(name, value, question, context.at(name))

@@ -7,6 +7,7 @@ import functools
 import hashlib
 import itertools
 import re
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -220,6 +221,9 @@ def _find(question: Question, word: str, scope: Scope, name: str) -> type:
     for known, cls in parts.items():
         if plain(known) == plain(word):
             return cls
+    for known, why in getattr(sys.modules[question.protocol.__module__], "REFUSED", {}).items():
+        if plain(known) == plain(word):
+            raise Problem(f"`{known}` {why}")
     raise Problem(f"slot `{name}` has no part `{word}`{nearest(word, parts)}")
 
 

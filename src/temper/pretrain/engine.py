@@ -13,7 +13,7 @@ from temper.models.deltas.delta import Full
 from temper.models.deltas.leave import leave
 from temper.models.deltas.lineage import adapted
 from temper.parts import Count, Slot, spec
-from temper.passport import FAMILIES, UNKNOWN, Input, Inputs, Output, Passport
+from temper.passport import LANGUAGE, UNKNOWN, Input, Inputs, Output, Passport
 from temper.pretrain.shape import Llama, Shape
 from temper.pretrain.tokenizer import ByteBPE, Tokenizer
 from temper.train.averages import Average
@@ -25,7 +25,7 @@ from temper.train.optimizers import AdamW, Optimizer
 from temper.train.schedules import Cosine, Schedule
 
 INPUTS = {
-    "model": Input(("model",), optional=True, default="model", about="a model to train further; none: a new one", families=FAMILIES),
+    "model": Input(("model",), optional=True, default="model", about="a model to train further; none: a new one", families=LANGUAGE),
     "data": Input(("text", "completion", "chat"), default="data", about="text; completions and chats are read as text"),
 }
 SHARED = True

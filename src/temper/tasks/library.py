@@ -72,6 +72,11 @@ class Library:
         return chosen
 
 
+def modules() -> Iterator[tuple[str, str]]:
+    """Name and source of every module that may be read, in the order of names."""
+    return ((name, _read(path)) for name, path in _found())
+
+
 def _found() -> list[tuple[str, Path]]:
     """Name and path of every module that may be read, in the order of names."""
     root = Path(sysconfig.get_path("stdlib"))

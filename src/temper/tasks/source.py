@@ -18,7 +18,9 @@ from temper.parts import Count, Problem, Scope, Share, Slot, build, dump, fill, 
 from temper.tasks import verifiable  # not its names: every part named here would answer this slot
 from temper.tasks.cloze import cloze
 from temper.tasks.files import HUB, SUFFIXES, File, similar
+from temper.tasks.labels import docstrings, paragraphs, tagged
 from temper.tasks.library import Library
+from temper.tasks.rationales import rationales
 from temper.tasks.rows import Rows, StreamedRows, group_of, held_out, key_of, near
 
 HOUSE = {"library": Library}
@@ -173,6 +175,102 @@ class Cloze:
 
 
 @part
+class Docstrings:
+    """Docstrings of this Python's own library, each with the package that it is from.  Completion rows, as many of each package.
+
+    A prompt is a docstring's first paragraph in its quotation marks, and a line `from`; the completion is one of `classes` names. Rows
+    keep their `module`.
+    """
+
+    classes: Annotated[int, Field(ge=2)] = 8
+    """Packages: those with the most docstrings."""
+    count: Count = 2000
+    """Rows to train on, at most."""
+    test_count: Count = 400
+    """Rows held out, at most."""
+    shortest: Count = 20
+    """Characters of a paragraph, at least."""
+    longest: Count = 200
+    """Characters of a paragraph, at most."""
+    holdout: Share = 0.2
+    """Share of all paragraphs that belong to the held-out rows."""
+    seed: int = 0
+    """Which docstrings are drawn."""
+
+    def load(self, split: Literal["train", "test"]) -> Rows:
+        """Rows `{prompt, completion, module}`. Raises a `Problem` where the library has too few docstrings."""
+        rng, count = random.Random(f"docstrings {split} {self.seed}"), self.count if split == "train" else self.test_count
+        made = docstrings(paragraphs(), split, count, self.classes, self.shortest, self.longest, self.holdout, rng)
+        return Rows("completion", made, "docstrings", f"docstrings of {self.classes} packages of Python's own library")
+
+    def digest(self) -> str:
+        return _digest(dump(self), Library().digest())
+
+
+@part
+class Tags:
+    """Lines of code out of another source's text, each word with what it is: keyword, name, called, argument, ...  Completion rows.
+
+    A prompt is a line's tokens between spaces, and a line feed; the completion has a tag for each word. What a called name or an argument
+    is shows in the word after it. Rows keep their `module` or `group`, or have a `group` for each text.
+    """
+
+    source: Slot[Source] = Library()
+    """Where the text comes from: sources of Python."""
+    count: Count = 2000
+    """Rows to train on, at most."""
+    test_count: Count = 400
+    """Rows held out, at most."""
+    shortest: Count = 4
+    """Words of a line, at least."""
+    longest: Count = 16
+    """Words of a line, at most."""
+    holdout: Share = 0.2
+    """Share of all lines that belong to the held-out rows."""
+    seed: int = 0
+    """Which lines are drawn."""
+
+    def __post_init__(self) -> None:
+        if self.shortest > self.longest:
+            raise Problem(f"`shortest` is {self.shortest} and `longest` is {self.longest}; the first must not be above the second")
+
+    def load(self, split: Literal["train", "test"]) -> Rows:
+        """Rows `{prompt, completion}`. Raises a `Problem` where the text has no such line."""
+        rows = _one(self.source).load(split).as_text()
+        rng, count = random.Random(f"tags {split} {self.seed}"), self.count if split == "train" else self.test_count
+        made = tagged(rows, split, count, self.shortest, self.longest, self.holdout, rng)
+        return Rows("completion", made, f"tags of {rows.name}", f"lines of {rows.origin}, each word with its tag")
+
+    def digest(self) -> str:
+        return _derived_digest(self)
+
+
+@part
+class Rationales:
+    """Questions of another source that have a working, in two rows each: `[label] x` -> answer and `[rationale] x` -> working. Held-out
+    rows ask for the answer alone.  Hsieh et al. 2023, "Distilling Step-by-Step", section 3.2
+
+    The working is a row's column `rationale`, else the steps of its task (`arithmetic`, `brackets`). The loss `rationale` weighs the two.
+    """
+
+    source: Slot[Source] = Task(task=verifiable.Arithmetic())
+    """Where the questions come from."""
+    label: Annotated[str, Field(min_length=1)] = "[label]"
+    """Stands before a prompt that asks for the answer."""
+    rationale: Annotated[str, Field(min_length=1)] = "[rationale]"
+    """Stands before a prompt that asks for the working."""
+
+    def load(self, split: Literal["train", "test"]) -> Rows:
+        """Rows `{prompt, completion, asked}`. Raises a `Problem` where a row is no question, or has no working."""
+        rows = _one(self.source).load(split)
+        made = rationales(rows, split, self.label, self.rationale)
+        return Rows("completion", made, f"rationales of {rows.name}", f"{rows.origin}, the answer and the working apart")
+
+    def digest(self) -> str:
+        return _derived_digest(self)
+
+
+@part
 class Halves:
     """All rows of another source, of both its splits, in two halves: one to train on, one held out.  Dietterich 1998
 
@@ -314,7 +412,7 @@ _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 def _placed(made: Any, base: Path) -> Any:
     """The same source with its paths, which are relative to `base`, made absolute and looked up."""
-    if isinstance(made, (Derive, Cloze, Halves)):
+    if isinstance(made, (Derive, Cloze, Tags, Rationales, Halves)):
         inner = made.source if isinstance(made.source, tuple) else (made.source,)
         placed = tuple(_placed(one, base) for one in inner)
         return dataclasses.replace(made, source=placed if isinstance(made.source, tuple) else placed[0])
@@ -339,7 +437,7 @@ def _one(value: Any) -> Source:
     return joined(value) if isinstance(value, tuple) else value
 
 
-def _derived_digest(made: Derive | Cloze | Halves) -> str:
+def _derived_digest(made: Derive | Cloze | Tags | Rationales | Halves) -> str:
     """Of what is made of another source's rows: the settings, and that source's own digest."""
     name = mark_of(made).name
     settings = {key: value for key, value in dump(made)[name].items() if key != "source"}

@@ -10,11 +10,13 @@ import functools
 import random
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Annotated, Any, Literal, Protocol
+from typing import Annotated, Any, Literal, Protocol, TypeVar
 
 from pydantic import Field
 
 from temper.parts import Count, Problem, fill, mark_of, part, shown, slot
+
+T = TypeVar("T")
 
 _WORDS = """
 all and any args base body bytes call class close code context count data def default dict else end error except false
@@ -35,17 +37,23 @@ class Verifiable(Protocol):
     """What is asked, and what is right?
 
     `question(rng) -> str` draws a prompt; `answer(prompt) -> str` works out its completion from the prompt alone, so
-    that any text can be judged. A task with a setting `words` can be asked about the words of a text.
+    that any text can be judged. A task with a setting `words` can be asked about the words of a text; one with a setting `working` can
+    show its `steps(prompt)` before the answer.
     """
 
     def question(self, rng: random.Random) -> str: ...
 
     def answer(self, prompt: str) -> str: ...
 
+    def steps(self, prompt: str) -> list[str]:
+        """The working that leads to the answer, a text a step; none where a task has none to show."""
+        return []
+
     def example(self, rng: random.Random) -> dict[str, str]:
         """A row: `{"prompt", "completion", "task"}`. The completion opens with a space."""
         prompt = self.question(rng)
-        return {"prompt": prompt, "completion": f" {self.answer(prompt)}", "task": mark_of(self).name}
+        lines = [*(self.steps(prompt) if getattr(self, "working", False) else []), self.answer(prompt)]
+        return {"prompt": prompt, "completion": f" {' ; '.join(lines)}", "task": mark_of(self).name}
 
     def check(self, prompt: str, completion: str) -> bool:
         """Whether a completion is right: exactly the answer, give or take white space around it."""
@@ -58,7 +66,9 @@ class Verifiable(Protocol):
 
 @part
 class SortLetters(Verifiable):
-    """Letters in order.  `sorted( d b a ) ==` -> ` a b d`"""
+    """Letters in order, or, where the question says so, from the last to the first.  `sorted( d b a ) ==` -> ` a b d`,
+    `sorted( d b a , reverse ) ==` -> ` d b a`
+    """
 
     shortest: Count = 3
     """Letters to sort, at least."""
@@ -68,6 +78,8 @@ class SortLetters(Verifiable):
     """Letters to draw from."""
     words: tuple[str, ...] = ()
     """Words whose letters are asked for instead of drawn letters."""
+    descending: bool = False
+    """Whether they are asked for from the last to the first."""
 
     def __post_init__(self) -> None:
         _range(self.shortest, self.longest)
@@ -75,10 +87,12 @@ class SortLetters(Verifiable):
         _items(self.words, "words")
 
     def question(self, rng: random.Random) -> str:
-        return _ask("sorted", _letters(self, rng))
+        return _ask("sorted", [*_letters(self, rng), *((",", "reverse") if self.descending else ())])
 
     def answer(self, prompt: str) -> str:
-        return " ".join(sorted(_asked("sorted", prompt)))
+        letters = _asked("sorted", prompt)
+        descending = letters[-2:] == [",", "reverse"]
+        return " ".join(sorted(letters[:-2] if descending else letters, reverse=descending))
 
 
 @part
@@ -199,10 +213,6 @@ class Arithmetic(Verifiable):
         a, operation, b = self._terms(prompt)
         return _spell(a + b if operation == "+" else a - b)
 
-    def example(self, rng: random.Random) -> dict[str, str]:
-        row = Verifiable.example(self, rng)
-        return {**row, "completion": " " + " ; ".join([*self._worked(row["prompt"]), row["completion"].strip()])} if self.working else row
-
     def check(self, prompt: str, completion: str) -> bool:
         return completion.rpartition(";")[2].strip() == self.answer(prompt)
 
@@ -212,7 +222,7 @@ class Arithmetic(Verifiable):
             raise Problem(f"{shown(prompt)} is no question of this task, which are written such as `4 7 + 3 8 ==`")
         return int(found[1].replace(" ", "")), found[2], int(found[3].replace(" ", ""))
 
-    def _worked(self, prompt: str) -> list[str]:
+    def steps(self, prompt: str) -> list[str]:
         a, operation, b = self._terms(prompt)
         lines, carried = [], 0
         for place in range(max(len(str(a)), len(str(b)))):
@@ -227,7 +237,11 @@ class Arithmetic(Verifiable):
 
 @part
 class Brackets(Verifiable):
-    """The brackets that close what is open, the innermost first.  `closing ( [ ] { ==` -> ` } )`"""
+    """The brackets that close what is open, the innermost first.  `closing ( [ ] { ==` -> ` } )`
+
+    With working, what is open after each bracket, `.` where nothing is; the answer stands last: ` ( ; ( [ ; ( ; ( { ; } )`. Only the
+    answer is judged.
+    """
 
     shortest: Count = 4
     """Brackets shown, at least."""
@@ -237,6 +251,8 @@ class Brackets(Verifiable):
     """Kinds of brackets, of ( [ { <."""
     depth: Annotated[int, Field(ge=2)] = 6
     """Brackets open at once, at most."""
+    working: bool = False
+    """Whether the completion shows its working before the answer."""
 
     def __post_init__(self) -> None:
         _range(self.shortest, self.longest)
@@ -254,16 +270,27 @@ class Brackets(Verifiable):
         return f"closing {' '.join(marks)} =="
 
     def answer(self, prompt: str) -> str:
+        return " ".join(_CLOSE[_OPEN.index(mark)] for mark in reversed(self._open(prompt)[-1]))
+
+    def steps(self, prompt: str) -> list[str]:
+        return [" ".join(open_) or "." for open_ in self._open(prompt)]
+
+    def check(self, prompt: str, completion: str) -> bool:
+        return completion.rpartition(";")[2].strip() == self.answer(prompt)
+
+    def _open(self, prompt: str) -> list[list[str]]:
+        """What is open after each bracket."""
         found = re.fullmatch(r"\s*closing ([][(){}<>](?: [][(){}<>])*) ==\s*", prompt)
         if not found:
             raise Problem(f"{shown(prompt)} is no question of this task, which are written such as `closing ( [ ==`")
-        open_: list[str] = []
+        open_, states = list[str](), list[list[str]]()
         for mark in found[1].split(" "):
             if mark in _OPEN:
                 open_.append(mark)
             elif not open_ or _CLOSE.index(mark) != _OPEN.index(open_.pop()):
                 raise Problem(f"{shown(prompt)}: `{mark}` closes nothing that is open")
-        return " ".join(_CLOSE[_OPEN.index(mark)] for mark in reversed(open_))
+            states.append([*open_])
+        return states
 
 
 @part
@@ -367,7 +394,13 @@ def formed(row: Mapping[str, Any], completion: str) -> bool:
     return True if made is None else made
 
 
-def _judged(row: Mapping[str, Any], judge: Callable[[Verifiable, str], bool]) -> bool | None:
+def worked(row: Mapping[str, Any]) -> tuple[list[str], str] | None:
+    """The steps of a row's task and its answer, apart; None where the row has no task that shows any."""
+    made = _judged(row, lambda task, prompt: (task.steps(prompt), task.answer(prompt)))
+    return made if made and made[0] else None
+
+
+def _judged(row: Mapping[str, Any], judge: Callable[[Verifiable, str], T]) -> T | None:
     """What a row's task says, by the prompt that it asked (`asked`, where the prompt was changed since); None where it has no say."""
     task = _checker(row["task"]) if isinstance(row.get("task"), str) else None
     if task is None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from temper.lazy import torch
+from temper.models.sample import virtual_tokens
 from temper.parts import Count, Problem, Rate, Spec, spec
 from temper.passport import Figure, Passport
 from temper.tasks.rows import StreamedRows
@@ -134,8 +135,9 @@ def room(spec: Learning, model: Any) -> int | None:
 
 
 def _positions(model: Any) -> int | None:
-    """Tokens that the model is said to take."""
-    return getattr(model.config, "max_position_embeddings", None)
+    """Tokens that the model is said to take, besides the virtual ones of its adapter."""
+    most = getattr(model.config, "max_position_embeddings", None)
+    return most and most - virtual_tokens(model)
 
 
 def precision_of(spec: Learning, model: Any, context: Context) -> formats.Precision:
@@ -235,7 +237,8 @@ def learn(
     live.close()
     if context.world.main:
         _bring_out(context)
-    return _figures(history, len(held or ()), trained, flops, kept)
+    shared = live.budget.figures() if "budget" in live and hasattr(live.budget, "figures") else {}
+    return _figures(history, len(held or ()), trained, flops, kept) | {name: Figure(value) for name, value in shared.items()}
 
 
 def _per_token(
@@ -412,6 +415,11 @@ def _fits(model: Any, batches: Sequence[Batch]) -> None:
     longest = max(batch.positions for batch in batches)
     if most and longest > most:
         raise Problem(f"the model takes {most} tokens and a batch is {longest} long; give a smaller max_length, or shorter packed rows")
+    if virtual_tokens(model) and any(one.position_ids is not None or len(one.rows) > len(one.input_ids) for one in batches):
+        raise Problem(
+            "virtual tokens stand before a row, and these rows hold several examples each; use `padded`, or `bucketed` with layout `rows`",
+            ("batching",),
+        )
 
 
 def _bring_out(context: Context) -> None:

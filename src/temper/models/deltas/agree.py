@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from temper.lazy import nn, torch
 from temper.models.deltas.attach import is_adapted, prepare
+from temper.models.deltas.base import AsLoaded, Base
 from temper.models.deltas.delta import Delta
 from temper.models.deltas.where import Where
 from temper.parts import Live, Problem, mark_of, settings
@@ -16,41 +17,62 @@ if TYPE_CHECKING:
 
 # What peft's configurations say besides what an adapter is: where it was made, how it was started, when it trains.
 _ASIDE = {
+    "alpha_pattern",
     "auto_mapping",
     "base_model_name_or_path",
+    "beta1",
+    "beta2",
     "corda_config",
+    "counts",
+    "deltaT",
     "eva_config",
     "inference_mode",
     "init_lora_weights",
     "loftq_config",
     "lora_ga_config",
+    "orth_reg_weight",
     "peft_version",
+    "rank_pattern",
     "revision",
     "runtime_config",
     "target_modules",
+    "target_r",
     "task_type",
+    "tfinal",
+    "tinit",
+    "total_step",
 }
+
+
+def underlying(model: nn.Module, spec: Any, base: Base, context: Context) -> nn.Module:
+    """The model that a delta is put on, or whose adapter goes on, by slot `base`.
+
+    model: as loaded. spec: with `where` and `delta`, which an adapter that goes on must agree with.
+    """
+    if is_adapted(model) and base.continues:
+        context.note(agree(model, spec.where, spec.delta, settings(type(spec))["delta"].default))
+    return base(model)
 
 
 def put_on(model: nn.Module, given: Artefact, kind: str, spec: Any, slots: Live, context: Context) -> tuple[nn.Module, Artefact | None]:
     """The model to train, and what the adapter that leaves will sit on (None where a whole model leaves).
 
-    model: as loaded from `given`. kind: of what leaves (`lineage.adapted`). spec, slots: with `where`, `delta`, `init` and `base`, as
-    asked for and started.
+    model: `underlying`. given: what it was loaded from. kind: of what leaves (`lineage.adapted`). spec, slots: with `where`, `delta`,
+    `init` and `budget`, as asked for and started.
     """
-    if is_adapted(model) and slots.base.continues:
-        context.note(agree(model, spec.where, spec.delta, settings(type(spec))["delta"].default))
     budget = slots.budget if "budget" in slots else None
     seed = context.stream("init").seed()
-    model = prepare(model, slots.where, slots.delta, slots.init, slots.base, seed=seed, budget=budget)
+    model = prepare(model, slots.where, slots.delta, slots.init, AsLoaded(), seed=seed, budget=budget)
     if kind == "adapter":
-        if given.passport.quantised:
+        if (given.passport.numbers or "").startswith("int"):
             context.note(
                 f"the adapter stays beside {given.passport.numbers} weights; peft alone loads it on them with run_compressed=False"
             )
-        return model, given.base if slots.base.continues and given.base else given
-    if is_adapted(model):
+        return model, given.base if spec.base.continues and given.base else given
+    if is_adapted(model) and given.passport.mask is not None:
         context.note("the adapter lives inside the model's mask; what leaves is the whole model, merged, since a PEFT folder holds no mask")
+    elif is_adapted(model) and spec.base.whole:
+        context.note("what leaves is the whole model, the adapter merged into the values of its base")
     return model, None
 
 
@@ -64,6 +86,12 @@ def agree(model: nn.Module, where: Where | None, delta: Delta, usual: Delta) -> 
     if len(loaded.peft_config) > 1:
         raise Problem(f"the model carries {len(loaded.peft_config)} adapters ({', '.join(loaded.peft_config)}); one can go on")
     (name, has), *_ = loaded.peft_config.items()
+    if hasattr(where, "start"):
+        raise Problem(
+            f"`{mark_of(where).name}` finds places for a new adapter, and one comes in; leave `where` out to go on with it as it is, or "
+            "write `base: merged` for a new one on top",
+            ("where",),
+        )
     differ: list[str] = []
     if delta != usual or where is not None:
         plain = _plain(loaded.get_base_model())

@@ -168,19 +168,20 @@ def _own(layer: Any, adapter: str) -> Factors | None:
     """The factors that a layer has: plain LoRA's, or those of a type that says so itself; None where it has none."""
     from peft.tuners.lora.layer import Embedding, LoraLayer
 
-    if hasattr(layer, "low_rank"):
-        a, b, scale = layer.low_rank(adapter)
+    if hasattr(layer, "low_rank") and (own := layer.low_rank(adapter)) is not None:
+        a, b, scale = own
         return Factors(a.detach().float(), scale * b.detach().float())
     plain = isinstance(layer, LoraLayer) and not layer.lora_variant.get(adapter) and type(layer).__name__ != "SVDLinear"
     if not plain:
         return None
     scale = layer.scaling[adapter]
+    held: Any = layer
     if type(layer) is Embedding:  # its weight is [entries, width]: the change of it is transposed, (B A)^T
-        a, b = layer.lora_embedding_B[adapter].T, layer.lora_embedding_A[adapter].T
+        a, b = held.lora_embedding_B[adapter].T, held.lora_embedding_A[adapter].T
     else:
-        if getattr(layer.lora_B[adapter], "bias", None) is not None:
+        if getattr(held.lora_B[adapter], "bias", None) is not None:
             raise Problem("LoRA with a bias is more than a change of weights; set lora_bias to false")
-        a, b = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+        a, b = held.lora_A[adapter].weight, held.lora_B[adapter].weight
     a, b = a.detach().float(), scale * b.detach().float()
     if (first := first_factors(layer, adapter)) is not None:
         a, b = torch.cat([a, first[0].float()]), torch.cat([b, -scale * first[1].float()], dim=1)

@@ -68,10 +68,20 @@ def _within(budget: Budget, init: Init) -> Init:
 
 
 def continue_adapter(model: nn.Module) -> nn.Module:
-    """Lets the active adapter of a loaded `PeftModel` train, and nothing else."""
+    """Lets the active adapter of a loaded `PeftModel` train, and nothing else.
+
+    Raises `Problem` on virtual tokens that a network wrote: a folder keeps what it wrote, and not the network.
+    """
     inner: Any = model
+    config = inner.active_peft_config
+    kind: Any = config.peft_type
+    if kind == "P_TUNING" or getattr(config, "prefix_projection", False):
+        raise Problem(f"a saved {kind.value} adapter has lost the network that wrote it and cannot go on training; start anew")
     inner.requires_grad_(False)
     inner.set_adapter(inner.active_adapter)
+    for name, parameter in inner.named_parameters():  # those that peft does not switch on; a cartridge keeps some tokens frozen
+        if ("prompt_encoder." in name and "frozen" not in name) or ".adaption_" in name:
+            parameter.requires_grad_(True)
     for config in inner.peft_config.values():
         config.inference_mode = False
     return model
@@ -93,10 +103,13 @@ def merge(model: nn.Module) -> nn.Module:
     kinds = [config.peft_type.value for config in inner.peft_config.values() if config.is_prompt_learning]
     if kinds:
         raise Problem(f"a {kinds[0]} adapter is no change of weights and cannot be merged; keep it as an adapter")
+    if not hasattr(inner, "merge_and_unload"):
+        kind = inner.active_peft_config.peft_type.value
+        raise Problem(f"peft has no way to merge a {kind} adapter into the weights; keep it as an adapter")
     dequantise(model)  # a base held in NF4: merged into the values that it computed with
     try:
         merged = inner.merge_and_unload(safe_merge=True)
-    except ValueError as error:
+    except (NotImplementedError, ValueError) as error:
         raise Problem(f"the adapter cannot be merged: {error}") from error
     for parameter in merged.parameters():
         parameter.requires_grad_(parameter.is_floating_point())
@@ -128,6 +141,8 @@ def to_plain_lora(model: nn.Module, adapter: str = "default") -> tuple[Any, dict
             tensors[b] = torch.cat([tensors[b], -first[1].to(tensors[b])], dim=1)
     if moved:
         config.init_lora_weights = True
-        config.r *= 2
-        config.lora_alpha *= math.sqrt(2) if config.use_rslora else 2  # the scale is as before
+        factor = math.sqrt(2) if config.use_rslora else 2  # the scale is as before
+        config.r, config.lora_alpha = 2 * config.r, factor * config.lora_alpha
+        config.rank_pattern = {name: 2 * rank for name, rank in config.rank_pattern.items()}
+        config.alpha_pattern = {name: factor * alpha for name, alpha in config.alpha_pattern.items()}
     return config, tensors

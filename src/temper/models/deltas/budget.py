@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Any, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Protocol
 
 from pydantic import Field
 
 from temper.lazy import torch
-from temper.parts import Count, Problem, Progress, Share, part, slot
+from temper.models.deltas.init import centred
+from temper.parts import Count, Problem, Progress, Rate, Share, part, slot
 
 if TYPE_CHECKING:
     from torch import nn
@@ -46,6 +48,8 @@ class SensitivityCubic:
     triplets left at update t: target + (start - target) (1 - (t - warmup) / (updates - final - warmup))^3, each a mean per matrix.
 
     A triplet that fell may come back, until the last share of the run, in which the ranks stand."""
+
+    cuts: ClassVar[bool] = True
 
     target: Count = 8
     """Triplets left at the end, a mean over the matrices; the delta's `rank` is what each starts with."""
@@ -89,11 +93,14 @@ class Allocation:
             )
         config.target_r, config.deltaT = self._part.target, self._part.interval
         config.beta1, config.beta2 = self._part.betas
-        self._settled = True
+        self._settled, self._matrices = True, {}
         return config
 
-    @torch.no_grad()
     def after(self, progress: Progress) -> None:
+        with torch.no_grad():
+            self._after(progress)
+
+    def _after(self, progress: Progress) -> None:
         if not self._matrices:
             self._find()
         warmup, last = self._ends(progress.steps)
@@ -121,8 +128,7 @@ class Allocation:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._means = {name: [one.clone() for one in held] for name, held in state["means"].items()}
         self._left = dict(state["left"])
-        if self._left:
-            self._find()
+        if self._left and self._settled:
             self._tell()
 
     # ---------------------------------------------------------------------------------------------------- inside
@@ -161,6 +167,7 @@ class Allocation:
             means = self._means.setdefault(name, [torch.zeros_like(one) for one in (*held, *held)])
             means[:] = [mean.to(one.device) for mean, one in zip(means, (*held, *held))]
             for one, mean, spread in zip(held, means[:3], means[3:]):
+                assert one.grad is not None
                 sensitivity = (one * one.grad).abs()
                 mean.mul_(keep).add_(sensitivity, alpha=1 - keep)
                 spread.mul_(guard).add_((sensitivity - mean).abs(), alpha=1 - guard)
@@ -199,3 +206,107 @@ def triplets(model: Any) -> dict[str, tuple[torch.nn.Parameter, torch.nn.Paramet
         for name, layer in layers.items()
         if adapter in layer.lora_E
     }
+
+
+@part(needs=("statistics",))
+class ExplainedVariance:
+    """Ranks go where a component of a layer's inputs explains most of their variance; a layer that gets none is left as it is.
+    Paischer et al. 2024, "One Initialization to Rule them All: Fine-tuning via Explained Variance Adaptation" (EVA), section 3.
+    Formula: of the components (layer, i <= rho rank) with the largest shares l_i / sum_j l_j, l the eigenvalues of the covariance of the
+    layer's inputs, as many are kept as all ranks add up to; a layer's rank is how many of its own are. alpha moves so that the scale stays.
+    """
+
+    rho: Annotated[float, Field(ge=1)] = 2.0
+    """Greatest rank of a layer, as a multiple of the delta's; 1 leaves all ranks equal."""
+    samples: Count = 256
+    """Examples whose tokens are seen."""
+
+    def start(self, context: Context) -> Explaining:
+        statistics = context.want("statistics")
+        asked = [statistics.ask(kind, samples=self.samples) for kind in ("covariance", "mean")]
+        return Explaining(self.rho, *asked)
+
+
+class Explaining:
+    """Settles ranks by the variance that components explain. covariance, mean: requests for statistics of the layers' inputs."""
+
+    def __init__(self, rho: float, covariance: Any, mean: Any):
+        self._rho, self._covariance, self._mean = rho, covariance, mean
+
+    def settle(self, model: nn.Module, config: Any) -> Any:
+        if config.peft_type.value != "LORA":
+            raise Problem(f"`explained-variance` shares out ranks of LoRA, and this is {config.peft_type.value}; use delta `lora`")
+        layers = [name for name in self._covariance() if name in config.target_modules]
+        if lacking := sorted(set(config.target_modules) - set(layers)):
+            raise Problem(f"`explained-variance` looks at inputs of linear layers, and `{lacking[0]}` is none; leave it out of `where`")
+        shares = self._shares(model, layers, round(config.r * self._rho))
+        owners = [name for name in layers for _ in shares[name]]
+        order = torch.cat([shares[name] for name in layers]).sort(descending=True, stable=True)[1][: config.r * len(layers)]
+        ranks = Counter(owners[place] for place in order.tolist())
+        power = 0.5 if config.use_rslora else 1.0
+        config.target_modules = {name for name in layers if ranks[name]}
+        config.rank_pattern = {name: rank for name, rank in ranks.items() if rank != config.r}
+        config.alpha_pattern = {name: config.lora_alpha * (rank / config.r) ** power for name, rank in config.rank_pattern.items()}
+        return config
+
+    def after(self, progress: Progress) -> None:
+        pass
+
+    def _shares(self, model: nn.Module, layers: list[str], most: int) -> dict[str, torch.Tensor]:
+        """Module -> shares of the variance that its first components explain, at most `most` of them, the largest first."""
+        covariance, mean = self._covariance(), self._mean()
+        known: dict[int, torch.Tensor] = {}  # layers with the same inputs have one covariance
+        for name in layers:
+            if id(covariance[name]) not in known:
+                values = torch.linalg.eigvalsh(centred(covariance[name], mean[name])).flip(0)
+                known[id(covariance[name])] = (values / values.sum()).cpu()
+        modules: dict[str, Any] = dict(model.named_modules())
+        return {name: known[id(covariance[name])][: min(most, *modules[name].weight.shape)] for name in layers}
+
+
+@part
+class StructuredIfDense:
+    """Of delta `entries`, a matrix that holds many of them gets LoRA in their place.
+    He et al. 2023, "Sensitivity-Aware Visual Parameter-Efficient Fine-Tuning" (SPT), eq. 6, and the authors' code.
+    Formula: matrix m, which holds n_m of the tau most sensitive weights, has LoRA where n_m >= rank (in + out) / ratio, else those entries;
+    tau is the greatest for which the trained numbers, rank (in + out) or n_m a matrix, are within what the delta asks for.
+
+    The authors' code tries tau in steps of 20 000 and takes the sum nearest to the budget, which may be above it."""
+
+    rank: Count = 8
+    """Rank of the LoRA."""
+    ratio: Rate = 5.0
+    """How easily a matrix gets it: where its entries are at least the LoRA's numbers over this."""
+    scale: Rate = 1.0
+    """Multiplies B A."""
+
+    def settle(self, model: nn.Module, config: Any) -> Any:
+        if config.peft_type.value != "SPARSE":
+            raise Problem(f"`structured-if-dense` counts entries, and a {config.peft_type.value} adapter has none; use delta `entries`")
+        ranking, asked, most = config.ranking, config.ranking.asked, config.ranking.most
+        modules: dict[str, Any] = dict(model.named_modules())
+        sizes = {name: self.rank * sum(modules[name].weight.shape) for name in ranking.scores}
+        tried = asked
+        while (owners := self._within(ranking.owners(tried), list(sizes.values()), asked)).numel() == tried and tried < most:
+            tried = min(2 * tried, most)  # LoRA stands in for more entries than it has numbers: there is room for further ones
+        counts = ranking.counts(owners)
+        if not counts:
+            told = f"{asked} entries: the first matrix to get LoRA takes more than that; ask for more, or give a lower rank or ratio"
+            raise Problem(told, ("rank",))
+        config.rank_pattern = {name: self.rank for name, count in counts.items() if count >= sizes[name] / self.ratio}
+        config.counts = {name: count for name, count in counts.items() if name not in config.rank_pattern}
+        config.scale = self.scale
+        return config
+
+    def after(self, progress: Progress) -> None:
+        pass
+
+    def _within(self, owners: torch.Tensor, sizes: list[int], most: int) -> torch.Tensor:
+        """The first of the weights that lie in `owners`, as many as cost at most `most` trained numbers."""
+        costs = torch.ones_like(owners)
+        for number, size in enumerate(sizes):
+            own = (owners == number).nonzero().flatten()
+            enough = math.ceil(size / self.ratio)  # with this one the matrix gets LoRA, and further ones cost nothing
+            costs[own[enough - 1 : enough]] = size - (enough - 1)
+            costs[own[enough:]] = 0
+        return owners[: int(torch.searchsorted(costs.cumsum(0), most, right=True))]

@@ -33,17 +33,17 @@ def leave(model: Any, tokenizer: Any, folder: Path, *, given: Artefact, under: A
         model = copy.deepcopy(model)
     model = merge(model)
     if not packed:
-        io.save_model(model, tokenizer, folder, dtype=_stored(given))
+        io.save_model(model, tokenizer, folder, dtype=stored(given))
         return
     held = fold(model)
     grids = {name: one for name, part in held.items() if (one := part_of(part, OnGrid)) is not None}
     with io.quiet():
-        compressed.write(folder, model.to(getattr(torch, _stored(given))), grids)
+        compressed.write(folder, model.to(getattr(torch, stored(given))), grids)
     save_constraints(folder, {name: one for name, part in held.items() if (one := part_of(part, Mask)) is not None})
     tokenizer.save_pretrained(folder)
 
 
-def _stored(given: Artefact) -> str:
+def stored(given: Artefact) -> str:
     """The number format of a model's weights; of a quantised one, of its scales and all that is not quantised."""
     if given.passport.numbers and not given.passport.quantised:
         return given.passport.numbers

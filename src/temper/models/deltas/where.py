@@ -4,13 +4,25 @@ from __future__ import annotations
 
 import re
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
+from pydantic import Field
+
+from temper.models.deltas.ranking import Ranking
 from temper.models.walk import blocks, is_linear
-from temper.parts import Problem, nearest, part, slot
+from temper.parts import Count, Problem, Slot, mark_of, nearest, part, slot
+from temper.passport import family
 
 if TYPE_CHECKING:
-    from torch import nn
+    from collections.abc import Callable
+
+    from torch import Tensor, nn
+
+    from temper.context import Context
+
+
+Portion = Annotated[float, Field(gt=0, le=1)]
+"""A share above 0."""
 
 
 @slot(phased=False)
@@ -46,13 +58,35 @@ def shared(model: nn.Module) -> dict[str, str]:
 def free_linears(model: nn.Module) -> list[str]:
     """Linear layers but for the head and those whose weight another module shares."""
     head = getattr(model, "get_output_embeddings", lambda: None)()
+    within = f"{model.base_model_prefix}." if family(type(model).__name__) == "classifier" else ""
     tied = shared(model)
-    return [name for name, module in model.named_modules() if is_linear(module) and module is not head and name not in tied]
+    found = [name for name, module in model.named_modules() if is_linear(module) and module is not head and name not in tied]
+    return [name for name in found if name.startswith(within)]
 
 
 def in_attention(name: str) -> bool:
     """Whether a module's name lies under something called attention (`self_attn`, `attention`, `attn`)."""
     return any(re.search("attn|attention", word, re.IGNORECASE) for word in name.split(".")[:-1])
+
+
+def depths(model: nn.Module) -> dict[int, int]:
+    """Id of every parameter -> its layer: 0 below the blocks (embeddings), 1 to L in them, L + 1 after them (final norm, head).
+
+    A parameter that several modules share has the lowest of their layers. Raises `Problem` on models with two stacks of blocks.
+    """
+    if model.config.is_encoder_decoder:  # type: ignore[union-attr]
+        raise Problem(f"{type(model).__name__} has an encoder and a decoder; layers are told apart in models of one stack")
+    roots = {f"{name}.": place for place, (name, _) in enumerate(blocks(model), start=1)}
+    stack = next(iter(roots))[: -len("0.")]
+    found: dict[int, int] = {}
+    reached, top = 0, len(roots) + 1
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if name.startswith(stack):
+            place = reached = roots[f"{stack}{name.removeprefix(stack).partition('.')[0]}."]
+        else:
+            place = top if reached else 0
+        found[id(parameter)] = min(place, found.get(id(parameter), top))
+    return found
 
 
 def _in_blocks(model: nn.Module, attention: bool) -> list[str]:
@@ -120,6 +154,73 @@ class Everything:
 
     def __call__(self, model: nn.Module) -> list[str]:
         return owners(model)
+
+
+@part
+class Layers:
+    """Of the modules that another part names, those in the last blocks and in what comes after them (final norm, head).
+    Tinn et al. 2023, "Fine-Tuning Large Neural Language Models for Biomedical NLP": lower layers frozen.
+
+    What a layer below shares stands still, too: a head tied to the embedding."""
+
+    last: Count
+    """Blocks from the end; of a model with 12, `last: 8` leaves the lower 4 as they are."""
+    of: Slot[Where] = AllLinear()
+    """Which modules; with delta `full` usually `everything`."""
+
+    def __call__(self, model: nn.Module) -> list[str]:
+        chain = [name for name, _ in blocks(model)]
+        if self.last > len(chain):
+            raise Problem(f"last {self.last}: {type(model).__name__} has {len(chain)} blocks", ("last",))
+        depth, lowest = depths(model), len(chain) - self.last + 1
+        parameters = {name: [one for one in module._parameters.values() if one is not None] for name, module in model.named_modules()}
+        of: Any = self.of
+        found = [name for name in of(model) if all(depth[id(one)] >= lowest for one in parameters[name])]
+        if not found:
+            raise Problem(f"the last {self.last} blocks hold none of the modules that `{mark_of(self.of).name}` names", ("of",))
+        return found
+
+
+@part(needs=("statistics",))
+class SensitiveWeights:
+    """Of the modules that another part names, those that hold at least one of the most sensitive weights of all.
+    He et al. 2023, "Sensitivity-Aware Visual Parameter-Efficient Fine-Tuning" (SPT), section 3.1, and the authors' code.
+    Formula: sensitivity = sum over batches of (mean gradient of the batch)^2.
+
+    That is the square of a batch's gradient; a Fisher information would sum the squares of single examples' gradients."""
+
+    share: Portion = 0.005
+    """Of all weights of these modules, those that count as sensitive."""
+    samples: Count = 256
+    """Training examples that the sensitivity is measured on."""
+    of: Slot[Where] = AllLinear()
+    """Which modules; linear layers."""
+
+    def candidates(self, model: nn.Module) -> list[str]:
+        """What the sensitivity is asked of."""
+        return self.of(model)  # type: ignore[operator]
+
+    def start(self, context: Context) -> Sensitive:
+        return Sensitive(self, context.want("statistics").ask("squared-gradient", self.samples))
+
+
+class Sensitive:
+    """See the part `sensitive-weights`."""
+
+    def __init__(self, part: SensitiveWeights, asked: Callable[[], dict[str, Tensor]]):
+        self._part, self._asked = part, asked
+        self._names: list[str] | None = None
+
+    def candidates(self, model: nn.Module) -> list[str]:
+        return self._part.candidates(model)
+
+    def __call__(self, model: nn.Module) -> list[str]:
+        if self._names is None:
+            asked = self._asked()
+            ranking = Ranking(lambda: {name: asked[name] for name in self.candidates(model)}, lambda most: round(self._part.share * most))
+            self._names = list(ranking.counts(ranking.owners(ranking.asked)))
+            del self._asked  # numbers as many as the weights
+        return self._names
 
 
 def _hint(pattern: str, known: list[str]) -> str:

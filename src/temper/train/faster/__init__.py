@@ -27,7 +27,7 @@ def faster(model: Any, *, device: str, note: Callable[[str], None] = lambda _: N
     from temper.train.faster import native
     from temper.train.faster.allocator import keeping_memory
     from temper.train.faster.attention import kernel_for_sdpa
-    from temper.train.faster.decoder import decoder
+    from temper.train.faster.decoder import beside, decoder
 
     with ExitStack() as stack:
         stack.enter_context(keeping_memory())
@@ -40,5 +40,6 @@ def faster(model: Any, *, device: str, note: Callable[[str], None] = lambda _: N
         if found is None:
             note(f"layers compute by their own code: {why}")
         else:
-            stack.enter_context(found.inside())
+            for one in (found, *beside(model)):
+                stack.enter_context(one.inside())
         yield found is not None

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
+from temper.models.deltas.tuners.side_ladder import Side
 from temper.train.faster import ops
 from temper.train.faster.flat import flat
 from temper.train.faster.nodes import Attend, GatedMLP, Linear, Norm, Normed, Product
@@ -164,6 +165,7 @@ class Decoder:
             return own(None, **given, inputs_embeds=x)
         mark = x.new_empty(1, 1, 1, 1)  # of four dimensions, so that `transformers` hands it to the layers as it is
         mark.laid = laid.sequences  # type: ignore[attr-defined]
+        mark.lay, mark.stand = laid.lay, lambda states: laid.stand(states, x.shape)  # type: ignore[attr-defined]
         made = own(None, inputs_embeds=laid.lay(x), attention_mask=mark, position_ids=laid.positions, use_cache=False)
         made.last_hidden_state = laid.stand(made.last_hidden_state, x.shape)
         return made
@@ -196,7 +198,10 @@ class Decoder:
 
 
 def _hooked(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
+    """Whether somebody listens who does not say that he takes tokens laid flat."""
+    forward = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    others = [one for one in forward if not getattr(getattr(one, "func", one), "takes_flat", False)]
+    return bool(others or module._backward_hooks or module._backward_pre_hooks)
 
 
 # ------------------------------------------------------------------------------------------------ which models
@@ -223,6 +228,12 @@ def decoder(model: Any) -> tuple[Decoder | None, str]:
         if other := next((one for one, kind in zip(_kinds(body, layer), kinds, strict=True) if not issubclass(one, kind)), None):
             return None, f"{plain.__name__} has no {other.__name__} there of its own"
     return Decoder(body, offset), ""
+
+
+def beside(model: Any) -> list[Decoder]:
+    """The side networks of a model, as decoders, where they are such."""
+    found = [decoder(module.body)[0] for module in model.modules() if isinstance(module, Side)]
+    return [one for one in found if one is not None]
 
 
 def _unlike(body: Any) -> str:

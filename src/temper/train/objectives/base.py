@@ -74,7 +74,7 @@ class Causal:
 
 # ------------------------------------------------------------------------------------------------------------ models
 
-_TRAINED_BY = {"causal": "`causal`", "masked": "`masked`", "encoder-decoder": "`prefix` or `span-mixture`"}
+_TRAINED_BY = {"causal": "`causal`", "masked": "`masked`", "encoder-decoder": "`prefix` or `span-mixture`", "classifier": "`label`"}
 
 
 def check(objective: Any, architecture: str | None, slot: str, tokenizer: Any = None) -> None:

@@ -69,12 +69,19 @@ class AdamW:
     """Added to the square root."""
     weight_decay: Pull = 0.01
     """Share of a weight taken off per update, times the rate."""
+    bias_correction: bool = True
+    """Whether m and v are divided by 1 - b^t. Without it, as in BERT's own code, early updates are larger: at the usual betas
+    up to 6.6 times, at the twelfth update.  Zhang et al. 2021, "Revisiting Few-sample BERT Fine-tuning"."""
 
     def build(self, parameters: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
         from temper.train.optimizers.common import fused, grouped
 
         parameters = list(parameters)
         groups = grouped(parameters, self.weight_decay)
+        if not self.bias_correction:
+            from temper.train.optimizers.uncorrected import UncorrectedAdamW
+
+            return UncorrectedAdamW(groups, lr=self.lr, betas=self.betas, eps=self.eps)
         return torch.optim.AdamW(groups, lr=self.lr, betas=self.betas, eps=self.eps, fused=fused(parameters))
 
 
@@ -334,6 +341,53 @@ class _Around:
 
 def _started(base: Any, context: Context) -> Any:
     return base.start(context) if hasattr(base, "start") else base
+
+
+@part(name="layerwise-decay")
+class LayerwiseDecay:
+    """Lower layers take smaller steps: the base's rate falls by a factor a layer.  Howard and Ruder 2018 (ULMFiT), section 3.2; with one
+    rate for embeddings and one for what comes after the blocks, as in BEiT and timm. The base's state.
+    Formula: lr_l = lr rate^(L + 1 - l), l = 0 below the blocks (embeddings), 1 to L in them, L + 1 after them (final norm, head)."""
+
+    base: Slot[Optimizer] = AdamW()
+    """What takes the gradient. Its rate is that of the top."""
+    rate: Annotated[float, Field(gt=0, le=1)] = 0.9
+    """What is left of the rate a layer further down."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.base, (SAM, MeZO, SGDSaI, LayerwiseDecay)):
+            raise Problem(
+                "`layerwise-decay` moves a layer at a time by one gradient; take a base that can, such as `adamw` or `sgd`, and put "
+                "`sam` around the two",
+                ("base",),
+            )
+
+    def start(self, context: Context) -> _Layered:
+        return _Layered(self, _started(self.base, context), context)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Layered:
+    """`layerwise-decay` with its base, started, and the model whose layers it tells apart."""
+
+    part: LayerwiseDecay
+    base: Any
+    context: Context
+
+    def build(self, parameters: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
+        from temper.models.deltas.where import depths
+        from temper.train.optimizers.common import Joined
+
+        depth = depths(self.context.want("model"))
+        top, layers = max(depth.values()), dict[int, list[torch.nn.Parameter]]()
+        for one in parameters:
+            layers.setdefault(depth.get(id(one), top), []).append(one)
+        inner = []
+        for place in sorted(layers, reverse=True):  # the first group's rate is the one that is told
+            inner.append(self.base.build(layers[place]))
+            for group in inner[-1].param_groups:
+                group["lr"] *= self.part.rate ** (top - place)
+        return Joined(*inner)
 
 
 @part(name="mezo")
