@@ -49,27 +49,21 @@ def _card(engine: str, method: str) -> str:
     found = next((one for one in cards() if (one["engine"], one["method"]) == (engine, method)), None)
     if found is None:
         raise ValueError(f"no card {engine}.{method}; a page asks for it")
-    main, *_ = names = list(next(iter(found["arms"].values()))["figures"])
-    better = found["arms"][found["baselines"][0]]["figures"][main]["better"]
-    arms = sorted(found["arms"].items(), key=lambda one: one[1]["figures"][main]["value"] * (1 if better == "lower" else -1))
-    spans = [
-        plots.Span(name, _told(one["figures"][main]), one["figures"][main]["value"], one["figures"][main]["low"], one["figures"][main]["high"])
-        for name, one in arms
-    ]
-    chart = str(plots.spans(f"{main} of every arm, with its interval", spans, found["arms"][arms[0][0]]["figures"][main]["unit"]))
-    tuned = sorted({key for one in found["arms"].values() for key in one.get("tuned", {})})
+    figures = {name: one["figures"] for name, one in found["arms"].items()}
+    main, *_ = names = list(figures[found["baselines"][0]])
+    first = figures[found["baselines"][0]][main]
+    arms = sorted(figures, key=lambda name: figures[name][main]["value"] * (-1 if first["better"] == "higher" else 1))
+    spans = [plots.Span(arm, _told(one := figures[arm][main]), one["value"], one["low"], one["high"]) for arm in arms]
+    chart = str(plots.spans(f"{main} of every arm, with its interval", spans, first["unit"]))
+    tuned = sorted({key for one in found["arms"].values() for key in one["tuned"]})
     rows = [
-        [
-            name,
-            *(_told(one["figures"][figure]) for figure in names),
-            f"{one['costs']['seconds']:.3g} s",
-            *(parts.shown(one.get("tuned", {}).get(key, "")) for key in tuned),
-        ]
-        for name, one in arms
+        [arm, *(_told(figures[arm][name]) for name in names), *(parts.shown(found["arms"][arm]["tuned"].get(key, "")) for key in tuned)]
+        for arm in arms
     ]
-    table = _table(["arm", *names, "training", *(key.rpartition(".")[2] for key in tuned)], rows)
-    told = f"**{_cell(found['verdict'][:1].upper() + found['verdict'][1:])}.** {_cell(found['finding'])}"
-    return f'{_cell(found["experiment"])}\n\n{told}\n\n<div class="chart">{chart}</div>\n\n{table}'
+    table = _table(["arm", *names, *(key.rpartition(".")[2] for key in tuned)], rows)
+    verdict = found["verdict"].capitalize()
+    told = f"**{verdict}.** {_cell(found['finding'].removeprefix(f'{verdict}: '))}"
+    return f'{_cell(found["experiment"])}\n\n{told}\n\n<div class="arms">{chart}</div>\n\n{table}'
 
 
 def _told(figure: dict[str, Any]) -> str:

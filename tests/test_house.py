@@ -371,9 +371,12 @@ def test_a_ready_recipe_reads_and_its_data_suit_the_method(engine, name, tmp_pat
         assert (step.engine, step.method, step.spec) == (engine, name, parts.method(engine, name))
         assert not list(checker().iter_errors(YAML(typ="safe").load(text)))
         module = parts.engine(engine)
-        model = Passport("model", base=UNKNOWN, tokenizer=UNKNOWN, template=UNKNOWN, numbers="float32")
+        model = Passport("model", base=UNKNOWN, tokenizer=UNKNOWN, template=UNKNOWN, numbers="float32", architecture=UNKNOWN)
         parents: dict[str, Any] = {}
         for role, takes in module.INPUTS.items():
+            if takes.is_data and role != "data" and step.inputs.get(role):
+                parents[role] = Passport(step.inputs[role].load("train").shape)
+                takes.accept(role, parents[role])
             if not takes.is_data and step.inputs.get(role):  # a new one where the recipe says so
                 parents[role] = [model] if takes.many else model
         if "data" in module.INPUTS:

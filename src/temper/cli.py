@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import sys
 import warnings
 from pathlib import Path
@@ -97,6 +98,11 @@ def _table(headings: list[str], rows: list[list[str]], title: str | None = None)
     for row in rows:
         table.add_row(*row)
     Console().print(table)
+
+
+def _width(headings: list[str], rows: list[list[str]]) -> int:
+    """Columns that a table takes in which no cell but the last is cut or wrapped."""
+    return sum(3 + max(map(len, column)) for column in list(zip(headings, *rows))[:-1]) + 20
 
 
 # ---------------------------------------------------------------------------------------------------------- runs
@@ -259,6 +265,8 @@ def methods(
     else:
         for one in [engine] if engine else engines():
             headings, rows = words.table(one)
+            if _width(headings, rows) > shutil.get_terminal_size().columns:
+                headings, rows = words.narrow(headings, rows)
             _table(headings, rows, title=f"{one}: {words.summary(one)}")
 
 

@@ -29,6 +29,16 @@ def table(engine: str) -> tuple[list[str], list[list[str]]]:
     return ["method", *changed, "paper"], rows
 
 
+def narrow(headings: list[str], rows: list[list[str]]) -> tuple[list[str], list[list[str]]]:
+    """The same for a terminal that the slots do not fit beside one another: a method, and what stands in its slots besides defaults."""
+    *slots, _ = headings[1:]
+    made = []
+    for name, *cells, paper in rows:
+        differs = [f"{slot}: {cell}" for slot, cell in zip(slots, cells, strict=True) if cell != "·"]
+        made.append([name, "\n".join([*(differs if name != "(default)" else [", ".join(differs)]), *([paper] if paper else [])])])
+    return ["method", "in its slots besides the defaults; paper"], made
+
+
 def names(value: Any) -> str:
     """`lora(rank=8)`: a slot's parts with the settings that differ from their defaults."""
     if value is None:
@@ -72,19 +82,20 @@ def ready(engine: str, name: str) -> str:
         lines.append(
             "data: house:library    # or a file" if "text" in shapes else f"data: rows.jsonl       # rows of shape {' or '.join(shapes)}"
         )
-    inputs = "".join(f", {role}: model" for role in others)
+    inputs = "".join(f", {role}: {'house:library' if module.INPUTS[role].is_data else 'model'}" for role in others)
     return "\n".join([*lines, "steps:", f"  - {engine}: {{method: {name}, model: model, data: data{inputs}}}"])
 
 
 def _takes(engine: str, name: str) -> tuple[list[str], list[str]]:
-    """The shapes of data that a method takes, with a plain model; and the optional models without which it takes none."""
+    """The shapes of data that a method takes, with a plain model; and the optional inputs without which it takes none."""
     module, spec = parts.engine(engine), parts.method(engine, name)
-    model = Passport("model", base=UNKNOWN, tokenizer=UNKNOWN, template=UNKNOWN, numbers="float32")
-    models = {role: [model] if takes.many else model for role, takes in module.INPUTS.items() if not takes.is_data}
-    others = [role for role in models if role != "model" and module.INPUTS[role].optional]
+    model = Passport("model", base=UNKNOWN, tokenizer=UNKNOWN, template=UNKNOWN, numbers="float32", architecture=UNKNOWN)
+    given: dict[str, Any] = {role: [model] if takes.many else model for role, takes in module.INPUTS.items() if not takes.is_data}
+    given |= {role: Passport(takes.kinds[0]) for role, takes in module.INPUTS.items() if takes.is_data and role != "data"}
+    others = [role for role in given if role != "model" and module.INPUTS[role].optional]
     found: list[str] = []
     for left_out in (others, []):
-        inputs = {role: one for role, one in models.items() if role not in left_out}
+        inputs = {role: one for role, one in given.items() if role not in left_out}
         for shape in module.INPUTS["data"].kinds if "data" in module.INPUTS else ():
             try:
                 module.passport(spec, {**inputs, "data": Passport(shape)})

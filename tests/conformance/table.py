@@ -136,8 +136,12 @@ SLOTS: dict[str, Slot] = {
     "temper.train.objectives": Slot(experiments.objective, OBJECTIVES),
     "temper.tune.loss": Slot(
         experiments.objective,
-        {**OBJECTIVES, "label": FIXED, "load-balance": Row({"weight": 0.5}),
-            "rationale": Row({"weight": 0.5, "label": "[answer]", "rationale": "[because]"})},
+        {
+            **OBJECTIVES,
+            "label": FIXED,
+            "load-balance": Row({"weight": 0.5}),
+            "rationale": Row({"weight": 0.5, "label": "[answer]", "rationale": "[because]"}),
+        },
     ),
     "temper.tune.head": Slot(experiments.head, {"linear": Row({"pool": "max"}), "token-linear": Row({"dropout": 0.5})}),
     "temper.tune.surgery": Slot(experiments.surgery, {"bidirectional": FIXED}),
@@ -183,7 +187,9 @@ SLOTS: dict[str, Slot] = {
                 {"experts": 2, "rank": 4, "alpha": 4.0, "dropout": 0.5, "route": {"token-top1": {"scaled": False}}}, {"rank": 2}
             ),
             **{
-                name: Row({key: Change(one, () if (name, key) in IDLE else None, beside=more.get(key, {})) for key, one in given.items()}, small)
+                name: Row(
+                    {key: Change(one, () if (name, key) in IDLE else None, beside=more.get(key, {})) for key, one in given.items()}, small
+                )
                 for name, (given, small, more) in ADAPTERS.items()
             },
             "side-ladder": Row({"shrink": 8, "temperature": 1.0, "alpha": 0.1, "skip": [1], "join": "add"}, {"shrink": 4, "alpha": 0.05}),
@@ -191,12 +197,22 @@ SLOTS: dict[str, Slot] = {
     ),
     "temper.models.deltas.init": Slot(
         experiments.init,
-        {"first-update": Row({"samples": 1, "rate": 0.1, "sign": False}, {"rate": 0.01}),
-         "default": FIXED, "gaussian": FIXED, "olora": FIXED, "pissa": Row({"part": "bottom", "iterations": 1}), "reinit-top": Row({"last": 2}),
-         "random": FIXED, "orthogonal": FIXED, "mica": FIXED, "corda": Row({"keep": "bottom", "samples": 1}), "eva": Row({"samples": 1}),
-         "lora-ga": Row({"samples": 1, "gamma": 4.0}),
-         "vocabulary": Row({"words": ["sort"], "most": 50}),
-         "pruned-copy": Row({"score": "fisher", "samples": Change(1, beside={"score": "fisher"})})},
+        {
+            "first-update": Row({"samples": 1, "rate": 0.1, "sign": False}, {"rate": 0.01}),
+            "default": FIXED,
+            "gaussian": FIXED,
+            "olora": FIXED,
+            "pissa": Row({"part": "bottom", "iterations": 1}),
+            "reinit-top": Row({"last": 2}),
+            "random": FIXED,
+            "orthogonal": FIXED,
+            "mica": FIXED,
+            "corda": Row({"keep": "bottom", "samples": 1}),
+            "eva": Row({"samples": 1}),
+            "lora-ga": Row({"samples": 1, "gamma": 4.0}),
+            "vocabulary": Row({"words": ["sort"], "most": 50}),
+            "pruned-copy": Row({"score": "fisher", "samples": Change(1, beside={"score": "fisher"})}),
+        },
     ),
     "temper.models.deltas.budget": Slot(
         experiments.budget,
@@ -492,6 +508,7 @@ CHANGES = {
     "where": "attention",
     "delta": "full",
     "init": "gaussian",
+    "budget": Change("explained-variance", beside={"init": "eva"}),
     "base": Change("merged", inputs={"model": "adapter"}),
 }
 """What every engine that trains a delta has."""
@@ -499,6 +516,8 @@ SAMPLES = {"samples": {"count": 3, "length": 16}}
 CURVED = {"objective": "layer-output", "solver": "gptq", "calibrate": SAMPLES}
 ATTEMPTS = {"attempts": {"count": 4, "max_new_tokens": 4, "prompts": 6, "gold": True}}
 ASKED = {"data": "completion"}
+HEADED = {"head": "linear", "loss": "label"}
+LABELS = {"data": "labels"}
 COMPARED = {"model": "adapter", "reference": "model"}
 
 ENGINES: dict[str, Engine] = {
@@ -536,9 +555,29 @@ ENGINES: dict[str, Engine] = {
             **CHANGES,
             "loss": "own.py:calm",
             "penalty": {"l2": {"strength": 10.0}},
+            "head": Change({"linear": {"pool": "max"}}, beside=HEADED, inputs=LABELS),
+            "surgery": Change("bidirectional", beside=HEADED, inputs=LABELS),
             "batching": {"packed": {"length": 32, "size": 4}},
         },
-        methods={name: Method() for name in ("full", "lora", "rslora", "dora", "olora", "pissa")},
+        methods={
+            **{name: Method() for name in ("full", "layerwise-decay", "lora", "rslora", "dora", "lora-mole", "olora", "pissa")},
+            **{name: Method() for name in ("corda", "eva", "lora-ga", "qlora")},
+            "adalora": Method(small={"budget": {"sensitivity-cubic": {"target": 3, "interval": 1}}}),
+            "lora-xs": Method(small={"delta": {"tri-factor": {"rank": 8}}}),
+            "lora-sb": Method(small={"delta": {"tri-factor": {"rank": 8}}}),
+            "spt": Method(
+                small={
+                    "delta": {"entries": {"share": 0.1}},
+                    "budget": {"structured-if-dense": {"rank": 2}},
+                }
+            ),
+            "prompt-tuning": Method(small={"delta": {"prompt-tuning": {"num_virtual_tokens": 4}}}),
+            "lst": Method(small={"delta": {"side-ladder": {"shrink": 4}}}),
+            "ewc-lora": Method(inputs={"general": "text"}),
+            "ls-llama": Method(inputs=LABELS),
+            "ls-unllama": Method(inputs={"data": "tags"}),
+            "distilling-step-by-step": Method(inputs={"data": "rationales"}),
+        },
     ),
     "align": Engine(
         inputs={"model": "model", "data": "preference"},

@@ -147,7 +147,7 @@ class World:
 
     @functools.cached_property
     def rows(self) -> dict[str, list[dict[str, Any]]]:
-        """Rows by shape. The model answers every second question right."""
+        """Rows by shape, and of completions by what they say. The model answers every second question right."""
         asked = [f"sort {n * 7} {n} {'and more ' * (n % 3)}" for n in range(32)]
         tokens = [self.tokenizer(one)["input_ids"] for one in asked]
         said = [self.tokenizer.decode(one.tokens) for one in sample(self.fresh(), tokens, max_new_tokens=2, temperature=0, stop=())]
@@ -157,6 +157,9 @@ class World:
             "text": [{"text": text} for text in TEXTS],
             "completion": completions,
             "choices": [{**row, "choices": [row["completion"], f" no {n}"], "answer": 0} for n, row in enumerate(completions)],
+            "labels": [{"prompt": ask, "completion": " even" if n % 2 else " odd"} for n, ask in enumerate(asked)],
+            "tags": [{"prompt": ask, "completion": " ".join(f"w{len(word) % 3}" for word in ask.split())} for ask in asked],
+            "rationales": [{**row, "prompt": f"{prefix} {row['prompt']}"} for row in completions for prefix in ("[label]", "[rationale]")],
             "preference": [{"prompt": ask, "chosen": f"{n} {n + 1}", "rejected": "no " * (1 + n % 4)} for n, ask in enumerate(asked)],
         }
 

@@ -8,14 +8,15 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
+from test_peft_types import SMALL
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from temper.models.deltas import attach, merge
+from temper.models.deltas import attach, is_adapted, merge
 from temper.models.deltas.algebra import Change, Factors, factors, put, save
-from temper.models.deltas.delta import Lora
+from temper.models.deltas.delta import Delta, Lora
 from temper.models.deltas.init import Default, Olora, Pissa
 from temper.models.deltas.where import AllLinear, Names
-from temper.parts import Problem
+from temper.parts import Problem, fill
 
 
 def moved(model: Any, seed: int = 0, size: float = 0.05) -> Any:
@@ -30,7 +31,7 @@ def moved(model: Any, seed: int = 0, size: float = 0.05) -> Any:
 
 def logits(model, batch):
     with torch.no_grad():
-        return model(**batch).logits[batch["attention_mask"].bool()]
+        return model(**batch).logits[:, -batch["input_ids"].shape[1] :][batch["attention_mask"].bool()]  # virtual tokens left out
 
 
 def close(a, b, atol=3e-5):
@@ -57,6 +58,69 @@ def test_a_change_at_weight_one_is_the_adapter(tiny, batch, delta, init):
     full = 32 if delta.dora else 6 if init != Default() else 3
     assert max(one.rank for one in change.modules.values()) == full
     close(logits(model, batch), wanted)  # and the model is as it was
+
+
+QUESTION = Delta.__slot__
+OURS = {
+    "entries": {"by": "random", "share": 0.05},
+    "lora": {"rank": 3},
+    "side-ladder": {"shrink": 4},
+    "svd-triplet": {"rank": 3},
+    "tri-factor": {"rank": 4},
+}
+RANKS = {"lora": 3, "tri-factor": 4, "delora": 8, "peft-lora": 8, "trainable-tokens": 4, "tinylora": 3}
+"""Ranks that a type's own settings say; the embeddings of four tokens are four directions."""
+NO_CHANGE = {
+    "adaption-prompt": "is no change of weights",
+    "beft": "Base layer has no bias",
+    "cartridge": "is no change of weights",
+    "ln-tuning": "a LlamaRMSNorm, changes no matrix",
+    "low-rank-experts": "change each token in a way of its own",
+    "p-tuning": "is no change of weights",
+    "prefix-tuning": "is no change of weights",
+    "prompt-tuning": "is no change of weights",
+    "side-ladder": "a Ladder, changes no matrix",
+}
+"""Deltas that no factors say, and why."""
+NOT_UNMERGED = {"osf": "do not support unmerging"}
+EVERY = sorted(name for name, part in QUESTION.parts().items() if part.kind == "adapter")
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_every_adapter_is_a_change_or_says_why_not(name, tiny, batch):
+    """At weight one the change computes what the adapter does, whatever its type; merged and unmerged again the adapter is as it was."""
+    before = logits(tiny(), batch)
+    model = moved(attach(tiny(), None, fill(QUESTION, {name: {**SMALL, **OURS}.get(name, {})}), Default(), seed=1))
+    wanted = logits(model, batch)
+    assert (wanted - before).abs().max() > 0.02
+    if name in NO_CHANGE:
+        with pytest.raises(Problem, match=NO_CHANGE[name]):
+            factors(model)
+    else:
+        change = factors(model)
+        assert not change.errors
+        assert RANKS.get(name) in (None, max(one.rank for one in change.modules.values()))
+        close(logits(put(tiny(), 1.0 * change), batch), wanted, atol=5e-5)
+        close(logits(put(tiny(), change - 1.0 * change), batch), before, atol=5e-5)
+    assert torch.equal(logits(model, batch), wanted)  # asked or refused, the model is as it was
+    if name in NO_CHANGE and name != "ln-tuning":
+        with pytest.raises(Problem):
+            merge(model)
+        return
+    inner: Any = model
+    inner.merge_adapter()
+    close(logits(model, batch), wanted, atol=5e-5)
+    if name in NOT_UNMERGED:
+        with pytest.raises(NotImplementedError, match=NOT_UNMERGED[name]):
+            inner.unmerge_adapter()
+        return
+    inner.unmerge_adapter()
+    close(logits(model, batch), wanted, atol=5e-5)
+    with inner.disable_adapter():
+        close(logits(model, batch), before, atol=5e-5)
+    merged = merge(model)
+    assert not is_adapted(merged)
+    close(logits(merged, batch), wanted, atol=5e-5)
 
 
 def test_changes_add_up_and_cancel(tiny, batch):

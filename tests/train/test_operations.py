@@ -52,11 +52,21 @@ def test_what_waits_for_the_backward_pass():
     given = torch.randn(5, 8)
     with module._keeping(model) as held:
         model(given).sum().backward()
-    assert sum(held.values()) == 4 * 5 * (8 + 16 + 4)
+    assert held.most == 4 * 5 * (8 + 16 + 4)
     model.requires_grad_(False)
     with module._keeping(model) as held:
         model(given)
-    assert not held
+    assert not held.most
+
+
+def test_what_is_let_go_of_on_the_way_forward_does_not_wait():
+    """As DoRA's norms, of which no gradient is asked: how often, and where the next tensor then lies, does not count."""
+    first, second = torch.nn.Linear(4, 4), torch.nn.Linear(8, 8)
+    given = torch.randn(5, 8)
+    with module._keeping(torch.nn.ModuleList([first, second])) as held:
+        norms = [first.weight.mul(2).square().sum().detach() for _ in range(9)]  # 4 x 16 bytes each, of one at a time
+        (second(given) * sum(norms)).sum().backward()
+    assert held.most == 4 * (5 * 8 + 1)  # the input and the factor, a scalar
 
 
 def test_adapters_spare_the_gradients_of_frozen_weights(llama, examples, stream):

@@ -78,13 +78,17 @@ def artefact(folder: Path) -> Artefact:
 
 @pytest.fixture
 def tuned(tmp_path: Path, base: Artefact, copies: Given) -> Callable[..., Artefact]:
-    """`tuned(name, spec, model=base, data=copies, seed=0)`: the artefact of one step, as `run` makes it; its `name` holds the notes."""
+    """`tuned(name, spec, model=base, data=copies, general=None, seed=0)`: the artefact of one step, as `run` makes it; its `name` holds
+    the notes."""
 
-    def step(name: str, spec: engine.Tune, model: Artefact = base, data: Any = copies, seed: int = 0, show: Any = None) -> Artefact:
+    def step(
+        name: str, spec: engine.Tune, model: Artefact = base, data: Any = copies, general: Any = None, seed: int = 0, show: Any = None
+    ) -> Artefact:
         context = Context.scratch(tmp_path / name, seed, "tune")
         context.show = show or context.show
-        inputs = Inputs(model=model, data=data)
-        predicted = engine.passport(spec, {"model": model.passport, "data": Passport("completion")})
+        inputs = Inputs(model=model, data=data) if general is None else Inputs(model=model, data=data, general=general)
+        parents = {"model": model.passport, "data": Passport("completion"), "general": general and Passport(general.train.shape)}
+        predicted = engine.passport(spec, parents)
         output = engine.run(spec, inputs, context)
         passport = complete(predicted, context.out, name, inputs, output.base)
         return Artefact(name, context.out, passport, output.base, output.figures, name=" / ".join(context.notes))

@@ -33,7 +33,7 @@ from temper.models.deltas.init import Default, Init
 from temper.models.deltas.leave import leave
 from temper.models.deltas.lineage import adapted
 from temper.models.deltas.where import Where
-from temper.models.sample import evaluating
+from temper.models.sample import evaluating, virtual_tokens
 from temper.parts import Problem, Slot, spec
 from temper.passport import DATA, UNKNOWN, Figure, Input, Inputs, Output, Passport
 from temper.train.anchors import Anchor
@@ -130,6 +130,8 @@ def run(spec: Align, inputs: Inputs, context: Context) -> Output:
     context.give("statistics", statistics(spec, policy, pairs.examples, context))
     changed = context.start(spec, only=("where", "delta", "init", "budget"))
     model, under = put_on(policy, given, leaves.kind, spec, changed, context)
+    if virtual_tokens(model):  # they stand before a row's first token, and of two responses in one row that is not where they begin
+        layout = "two rows"
     context.give("model", model)
     live = context.start(spec, only=("loss", "likelihood", "anchor", *TRAINING))
     live.adopt(changed, "budget")
@@ -189,7 +191,8 @@ def _unmoved(model: Any, examples: Sequence[Example], compared: Callable[[Any, B
     if not moved <= _AT_START[precision]:
         raise Problem(
             f"before the first update the policy is {moved:.2g} nats per token from its reference, and at most {_AT_START[precision]:g} is "
-            "rounding: `base`, `delta` or `init` changed what the model computes; use `init: default`"
+            "rounding: `base`, `delta` or `init` changed what the model computes; use `init: default`, and a delta that starts as nothing, "
+            "such as `lora`"
         )
 
 

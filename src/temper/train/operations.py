@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Sequence
@@ -56,7 +57,7 @@ def operations(
         for one in some:
             with _whole_logits(model, one.targets), _keeping(model) as held:
                 passes(model, loss, [one], precision, forward_only=forward_only)
-            kept += sum(held.values())
+            kept += held.most
     tokens = sum(one.tokens for one in some)
     return Operations(counter.get_total_flops() / tokens, kept / tokens, len(some), tokens)
 
@@ -101,19 +102,40 @@ def _some(documents: Sequence[Batch]) -> list[Batch]:
 
 
 @contextmanager
-def _keeping(model: Any) -> Iterator[dict[int, int]]:
-    """Storage -> bytes of what autograd keeps within, each once; the model's own are left out."""
-    own = {one.untyped_storage().data_ptr() for one in itertools.chain(model.parameters(), model.buffers())}
-    held: dict[int, int] = {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            held[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+def _keeping(model: Any) -> Iterator[_Held]:
+    """Counts what autograd keeps within; the model's own is left out."""
+    held = _Held({one.untyped_storage().data_ptr() for one in itertools.chain(model.parameters(), model.buffers())})
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: _Kept(tensor, held), lambda kept: kept.tensor):
         yield held
+
+
+class _Held:
+    """Bytes of storages that are kept, each counted once. most: at one time; what is let go of on the way forward does not wait."""
+
+    def __init__(self, own: set[int]):
+        self._own, self._users, self._now, self.most = own, collections.Counter[int](), 0, 0
+
+    def take(self, storage: torch.UntypedStorage) -> None:
+        if storage.data_ptr() not in self._own:
+            self._now += 0 if self._users[storage.data_ptr()] else storage.nbytes()
+            self._users[storage.data_ptr()] += 1
+            self.most = max(self.most, self._now)
+
+    def drop(self, storage: torch.UntypedStorage) -> None:
+        if storage.data_ptr() not in self._own:
+            self._users[storage.data_ptr()] -= 1
+            self._now -= 0 if self._users[storage.data_ptr()] else storage.nbytes()
+
+
+class _Kept:
+    """A tensor that autograd keeps, counted for as long as it does."""
+
+    def __init__(self, tensor: torch.Tensor, held: _Held):
+        self.tensor, self._held = tensor, held
+        held.take(tensor.untyped_storage())
+
+    def __del__(self) -> None:
+        self._held.drop(self.tensor.untyped_storage())
 
 
 @contextmanager

@@ -76,7 +76,8 @@ def continue_adapter(model: nn.Module) -> nn.Module:
     config = inner.active_peft_config
     kind: Any = config.peft_type
     if kind == "P_TUNING" or getattr(config, "prefix_projection", False):
-        raise Problem(f"a saved {getattr(kind, 'value', kind)} adapter has lost the network that wrote it and cannot go on training; start anew")
+        name = getattr(kind, "value", kind)
+        raise Problem(f"a saved {name} adapter has lost the network that wrote it and cannot go on training; start anew")
     inner.requires_grad_(False)
     inner.set_adapter(inner.active_adapter)
     for name, parameter in inner.named_parameters():  # those that peft does not switch on; a cartridge keeps some tokens frozen
