@@ -67,9 +67,11 @@ def _card(engine: str, method: str) -> str:
 
 
 def _told(figure: dict[str, Any]) -> str:
-    """A value with its interval."""
+    """A value with its interval; counts as whole numbers, without."""
+    if figure["value"] >= 10_000:
+        return f"{figure['value']:,.0f}"
     ends = f" [{figure['low']:.3g}, {figure['high']:.3g}]" if figure["low"] is not None else ""
-    return f"{figure['value']:.4g}{ends}"
+    return f"{figure['value']:.3g}{ends}"
 
 
 def _cards() -> str:

@@ -68,7 +68,7 @@ OURS = {
     "svd-triplet": {"rank": 3},
     "tri-factor": {"rank": 4},
 }
-RANKS = {"lora": 3, "tri-factor": 4, "delora": 8, "peft-lora": 8, "trainable-tokens": 4, "tinylora": 3}
+RANKS = {"lora": 3, "svd-triplet": 3, "tri-factor": 4, "delora": 8, "peft-lora": 8, "trainable-tokens": 4, "tinylora": 3}
 """Ranks that a type's own settings say; the embeddings of four tokens are four directions."""
 NO_CHANGE = {
     "adaption-prompt": "is no change of weights",

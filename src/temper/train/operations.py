@@ -53,11 +53,14 @@ def operations(
 
     some = _some([one for batch in batches for one in _alone(batch, paired)])
     kept = 0
+    for one in some:  # by themselves: the counter's hooks hold on to what the passes let go
+        with _whole_logits(model, one.targets), _keeping(model) as held:
+            passes(model, loss, [one], precision, forward_only=forward_only)
+        kept += held.most
     with FlopCounterMode(display=False, custom_mapping=_attention()) as counter:
         for one in some:
-            with _whole_logits(model, one.targets), _keeping(model) as held:
+            with _whole_logits(model, one.targets):
                 passes(model, loss, [one], precision, forward_only=forward_only)
-            kept += held.most
     tokens = sum(one.tokens for one in some)
     return Operations(counter.get_total_flops() / tokens, kept / tokens, len(some), tokens)
 

@@ -166,16 +166,21 @@ def _layers(model: nn.Module, adapter: str) -> list[tuple[str, Any]]:
 
 def _own(layer: Any, adapter: str) -> Factors | None:
     """The factors that a layer has: plain LoRA's, or those of a type that says so itself; None where it has none."""
+    from peft.tuners.adalora.layer import AdaLoraLayer
     from peft.tuners.lora.layer import Embedding, LoraLayer
 
     if hasattr(layer, "low_rank") and (own := layer.low_rank(adapter)) is not None:
         a, b, scale = own
         return Factors(a.detach().float(), scale * b.detach().float())
-    plain = isinstance(layer, LoraLayer) and not layer.lora_variant.get(adapter) and type(layer).__name__ != "SVDLinear"
-    if not plain:
+    if isinstance(layer, AdaLoraLayer):
+        held: Any = layer
+        scale = held.scaling[adapter] / (float(held.ranknum[adapter]) + 1e-5)
+        a, b = held.lora_A[adapter] * held.lora_E[adapter], held.lora_B[adapter]
+        return Factors(a.detach().float(), scale * b.detach().float())
+    if not isinstance(layer, LoraLayer) or layer.lora_variant.get(adapter):
         return None
     scale = layer.scaling[adapter]
-    held: Any = layer
+    held = layer
     if type(layer) is Embedding:  # its weight is [entries, width]: the change of it is transposed, (B A)^T
         a, b = held.lora_embedding_B[adapter].T, held.lora_embedding_A[adapter].T
     else:
