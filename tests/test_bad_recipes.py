@@ -431,10 +431,10 @@ steps:
 data: rows.jsonl
 model: house:lm
 steps:
-  - tune: {delta: lroa}
+  - tune: {delta: loraa}
 """,
         (),
-        "recipe.yaml:4:19: step `tune`, `delta`: slot `delta` has no part `lroa`; did you mean `lora`?",
+        "recipe.yaml:4:19: step `tune`, `delta`: slot `delta` has no part `loraa`; did you mean `lora`?",
     ),
     (
         "unknown setting of a part",
@@ -528,10 +528,10 @@ steps:
 data: rows.jsonl
 model: house:lm
 steps:
-  - tune: {delta: 8}
+  - tune: {base: 8}
 """,
         (),
-        "recipe.yaml:4:19: step `tune`, `delta`: 8: slot `delta` takes the name of a part; there is `full` · `lora`",
+        "recipe.yaml:4:18: step `tune`, `base`: 8: slot `base` takes the name of a part; there is `as-loaded` · `merged` · `nf4`",
     ),
     (
         "empty a slot that must not be",
@@ -542,7 +542,7 @@ steps:
   - tune: {loss: none}
 """,
         (),
-        "recipe.yaml:4:18: step `tune`, `loss`: slot `loss` cannot be empty; there is `causal` · `fill-middle` · `masked` · `prefix` · `span-mixture`",
+        "recipe.yaml:4:18: step `tune`, `loss`: slot `loss` cannot be empty; there is `causal` · `fill-middle` · `label` · `load-balance` · `masked` · `prefix` · `rationale` · `span-mixture`",
     ),
     (
         "phases where none may be",

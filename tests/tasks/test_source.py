@@ -101,7 +101,10 @@ def test_a_source_within_a_source(folder):
         ),
         (["task:sort-words", "house:x"], "`1`: no house data `x`; there is `library`"),
         ([], "an empty list names no data; name a source"),
-        (3, "3: slot `data` takes the name of a part; there is `cloze` · `derive` · `file` · `halves` · `library` · `task`"),
+        (
+            3,
+            "3: slot `data` takes the name of a part; there is `cloze` · `derive` · `docstrings` · `file` · `halves` · `library` · `rationales` · `tags` · `task`",
+        ),
     ],
 )
 def test_bad_names(folder, ref, message):
@@ -125,7 +128,7 @@ def test_a_recipes_own_source(tmp_path):
 
 
 def test_the_slot_holds_sources_alone():
-    assert set(Source.__slot__.parts()) == {"cloze", "file", "halves", "library", "task", "derive"}
+    assert set(Source.__slot__.parts()) == {"cloze", "derive", "docstrings", "file", "halves", "library", "rationales", "tags", "task"}
 
 
 # --------------------------------------------------------------------------------------------------------- tasks
