@@ -103,8 +103,8 @@ def test_a_source_within_a_source(folder):
         ([], "an empty list names no data; name a source"),
         (
             3,
-            "3: slot `data` takes the name of a part; there is `cloze` · `derive` · `docstrings` · `file` · `halves` · `library` · `rationales` · "
-            "`tags` · `task`",
+            "3: slot `data` takes the name of a part; there is `cloze` · `derive` · `docstrings` · `file` · `halves` · `library` · "
+            "`rationales` · `tags` · `task`",
         ),
     ],
 )
