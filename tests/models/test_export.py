@@ -102,3 +102,16 @@ def test_a_hub_that_cannot_be_reached_is_told(store, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "create_repo", refuse)
     with pytest.raises(Problem, match=r"the hub cannot be reached .OSError.; export to a folder instead"):
         upload(made(store, "one"), "me/one", store)
+
+
+@pytest.mark.parametrize(
+    ("kind", "told"), [("LORA", "(base, folder)`. "), ("TRI_FACTOR", "after `import temper.peft`: peft alone has no type TRI_FACTOR.")]
+)
+def test_a_card_says_what_an_adapter_of_our_own_type_needs(store, tmp_path, kind, told):
+    key = digest(kind)
+    out = store.work(key) / "out"
+    (out / "model").mkdir(parents=True)
+    (out / "model" / "adapter_config.json").write_text(json.dumps({"peft_type": kind}))
+    record = {"name": kind, "engine": "tune", "method": "", "passport": Passport("adapter", numbers="float32").dump(), "figures": {}}
+    folder = export(store.seal(key, out, record), tmp_path / kind, store)
+    assert told in (folder / "README.md").read_text()

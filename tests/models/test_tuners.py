@@ -438,3 +438,13 @@ def test_fused_layers_leave_the_experts_to_the_model(tiny):
         for one, two in zip(plain, fused, strict=True):
             close(one, two)
         assert math.isfinite(sum(one.abs().sum().item() for one in plain))
+
+
+def test_the_names_of_our_types_are_those_that_are_registered():
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    from temper.models.deltas import tuners
+
+    tuners.register()
+    ours = {kind.value for kind, config in PEFT_TYPE_TO_CONFIG_MAPPING.items() if config.__module__.startswith("temper.")}
+    assert ours == set(tuners.KINDS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -62,7 +63,7 @@ def _export(artefact: Artefact, folder: Path, store: Store, merged: bool, lora: 
         shutil.copytree(artefact.path, beside, ignore=shutil.ignore_patterns("record", "artefact.json"))
     write(beside / MARK, json.dumps({"export": said, "passport": artefact.passport.dump()}, indent=1))
     if artefact.passport.kind in ("model", "adapter"):
-        write(beside / "README.md", card(artefact, lineage(artefact, store), merged))
+        write(beside / "README.md", card(dataclasses.replace(artefact, path=beside), lineage(artefact, store), merged))
     if folder.exists():
         old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
         folder.rename(old)
@@ -74,13 +75,14 @@ def _export(artefact: Artefact, folder: Path, store: Store, merged: bool, lora: 
 
 
 def _as_lora(artefact: Artefact, folder: Path, rank: int | None) -> dict[str, float]:
-    from temper.models import folders, io
+    from temper.models import folders, io, nf4
     from temper.models.deltas import algebra
 
     model: Any = io.load_model(artefact)
     change = algebra.factors(model, rank=rank)
     name = folders.read_json(artefact.model / "adapter_config.json").get("base_model_name_or_path") or ""
     algebra.save(change, model.unload(), folder, name)
+    nf4.save(folder, model)  # on which numbers it was trained
     io.load_tokenizer(artefact).save_pretrained(folder)
     return {module: round(error, 8) for module, error in change.errors.items()}
 
@@ -136,6 +138,15 @@ def _pooled(artefact: Artefact) -> str:
     return f"It labels texts: take the {how} of its logits over a text's tokens, padding left out." if how else ""
 
 
+def _ours(artefact: Artefact) -> str:
+    """What must be imported first for an adapter of a type that peft lacks; plain LoRA, as which it may leave, needs nothing."""
+    from temper.models.deltas.tuners import KINDS
+
+    file = artefact.model / "adapter_config.json"
+    kind = json.loads(file.read_text(encoding="utf8")).get("peft_type") if file.is_file() else None
+    return f", after `import temper.peft`: peft alone has no type {kind}" if kind in KINDS else ""
+
+
 def card(artefact: Artefact, line: Sequence[Mapping[str, Any]], merged: bool) -> str:
     """A model card: front matter that the hub reads, then lineage and figures as tables."""
     from ruamel.yaml import YAML
@@ -159,7 +170,7 @@ def card(artefact: Artefact, line: Sequence[Mapping[str, Any]], merged: bool) ->
     figures = "\n".join(f"| {name} | {figure} |" for name, figure in artefact.figures.items())
     terms = f"Licences of its parents: {', '.join(licences)}." if licences else "Its parents state no licence."
     loads = (
-        "Load it with `peft.PeftModel.from_pretrained(base, folder)`."
+        f"Load it with `peft.PeftModel.from_pretrained(base, folder)`{_ours(artefact)}."
         if adapter
         else f"Load it with `transformers.{loader}.from_pretrained(folder)`. {_pooled(artefact)}".strip()
     )

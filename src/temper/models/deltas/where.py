@@ -211,13 +211,12 @@ class Sensitive:
         self._part, self._asked = part, asked
         self._names: list[str] | None = None
 
-    def candidates(self, model: nn.Module) -> list[str]:
-        return self._part.candidates(model)
-
     def __call__(self, model: nn.Module) -> list[str]:
         if self._names is None:
             asked = self._asked()
-            ranking = Ranking(lambda: {name: asked[name] for name in self.candidates(model)}, lambda most: round(self._part.share * most))
+            ranking = Ranking(
+                lambda: {name: asked[name] for name in self._part.candidates(model)}, lambda most: round(self._part.share * most)
+            )
             self._names = list(ranking.counts(ranking.owners(ranking.asked)))
             del self._asked  # numbers as many as the weights
         return self._names

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+KINDS = ("TRI_FACTOR", "LOW_RANK_EXPERTS", "SPARSE", "SIDE_LADDER")
+"""Their names in `adapter_config.json`."""
+
 
 def register() -> None:
     """Makes every type of ours known to peft. Called wherever a configuration is built or a folder read; again, it does nothing."""
